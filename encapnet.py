@@ -1,0 +1,1042 @@
+"""Neural Network Encapsulation (Li, Guo, Dai, Ouyang, Wang; ECCV 2018, arXiv:1808.03749).
+
+One reading, top to bottom: squash, the two classic routings, losses, the routed layer, the paper's
+capConv and capFC, optimal transport, the feedback unit, the networks.  Nothing uses what comes
+later.
+
+Axes    B batch · i / j lower / higher capsule · d capsule dimension · G capsule types · P positions
+        H W space · x y samples of a batch · n m sizes of two point clouds · K classes
+Layout  a capsule image is (B, G*d, H, W), type-major: `groups=G` gives each type its own transform
+
+Where each equation lives
+    Sec. 2.1    squash ............... squash            Eq. (8)   <Q, P> ....... transport_cost
+    Eq. (1)     dynamic routing ...... dynamic_routing   Eq. (9)   a, b ......... sinkhorn_plan
+    Eqs. (2,3)  EM routing ........... em_routing        Eq. (10)  P ............ sinkhorn_plan
+    Eqs. (4,5)  sum_i c_ij w_ij u_i .. RoutedCapsules    Eq. (11)  divergence ... debias
+    Eq. (6)     m1 v1 + m2 v2 ........ CapConv           App. B    g, f ......... FeedbackUnit
+    Sec. 3.1    capFC ................ CapFC             Table 2   networks ..... EncapNet, ResNet
+
+Deviations from the print and the authors' released code, and readings of what neither settles
+    1  Eq. (9) prints b(l+1) = 1/(K a(l)); a(0) is undefined, so a(l+1) is meant.  Columns are
+       updated first, as printed (the released code begins with rows).
+    2  The aide kernel size k2 is not printed; 3x3 without the own type fits Table 1's (f) - (e).
+       Released: k2 = k1 + 4, own type included, BatchNorm-ReLU-squash already in each branch.
+    3  The generator is grouped by capsule type, as released; App. B prints "the dimension of input
+       capsules", which would mix types here.  Where the extractor would end in one number, which
+       has no gradient under cosine cost, its second stride is 1.  It runs once, on real and
+       generated samples together, so that both meet the same batch statistics.
+    4  The softmax of dynamic routing runs over the input capsules (App. A.i), not the output.
+    5  EM rescales the cost over j to [-5, 5] (App. A.i gives no formula).  Input activations are
+       the sigmoid, not the released ReLU, of BatchNorm(conv); a class score is |squash(mu)|.
+    6  The skip of type I is a 3x3 convolution grouped by type, so that no type meets another
+       outside the aide.  Coefficients have a bias that starts at 1: s = v1 + v2 + a correction.
+    7  KL compares softmaxed features, KL(real || generated); the paper only names it.
+    8  Routing weights start with the variance that makes a first mean vote about one unit long;
+       the paper says "Gaussian".
+"""
+import inspect
+import math
+from functools import partial, wraps
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------
+# Small tools: arguments that are checked, and arithmetic that half precision would spoil
+# ------------------------------------------------------------------------------------------------
+
+
+def check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_positive(kind=int, **arguments):
+    for name, value in arguments.items():
+        right_kind = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not (right_kind and 0 < value < math.inf):
+            raise ValueError(f"{name}={value!r}: must be a positive {kind.__name__}")
+
+
+def check_shape(name, x, axes, **sizes):
+    """Raise ValueError that names the first axis of x whose size is not as given."""
+    axes = axes.split()
+    if x.dim() != len(axes):
+        raise ValueError(f"{name} has {x.dim()} axes, shape {tuple(x.shape)}: "
+                         f"must have {len(axes)}, ({', '.join(axes)})")
+    for k, (axis, size) in enumerate(zip(axes, x.shape, strict=True)):
+        if size != sizes.get(axis, size):
+            raise ValueError(f"{name} has size {size} on axis {k} ({axis}): must be {sizes[axis]}")
+
+
+def full_precision(function):
+    """Decorator: half-precision tensors arrive as float32 and autocast is off inside."""
+    def upcast(x):
+        half = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+        return x.float() if half else x
+
+    @wraps(function)
+    def wrapped(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(upcast(x), *map(upcast, args),
+                            **{name: upcast(value) for name, value in kwargs.items()})
+    return wrapped
+
+
+def squash(s, dim=-1):
+    """Shrink a vector to a length below 1 and keep its direction.   [Sec. 2.1]
+
+    v = |s|^2 / (1 + |s|^2) * s / |s| = s |s| / (1 + |s|^2);  finite value and gradient at s = 0.
+    s: any shape, capsules along `dim` -> the same shape and dtype
+    """
+    wide = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s  # |s|^2 overflows in half
+    length = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
+    return (wide * (length / (1 + length.square()))).to(s.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# The two classic routings on explicit votes: the readable definition
+# ------------------------------------------------------------------------------------------------
+
+
+def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficients=False):
+    """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
+
+    votes: (B, i, j, d), v_hat_j|i;  b0: initial logits, broadcast to (B, i, j), or None
+    softmax: "in" normalises c over i (App. A.i: over j did not converge), "out" over j (Sabour)
+    -> v (B, j, d), lengths in [0, 1);  with return_coefficients also c (B, i, j) of the last round
+    """
+    check_shape("votes", votes, "B i j d")
+    check_positive(iterations=iterations)
+    check_choice("softmax", softmax, ("in", "out"))
+    b = votes.new_zeros(votes.shape[:3])                                 # (B, i, j)
+    if b0 is not None:
+        if b0.dim() > 3 or any(n not in (1, m) for n, m in zip(b0.shape[::-1], b.shape[::-1],
+                                                                  strict=False)):
+            raise ValueError(f"b0 has shape {tuple(b0.shape)}: must broadcast to {tuple(b.shape)}")
+        b = b + b0
+    for r in range(iterations):
+        c = b.softmax(dim=1 if softmax == "in" else 2)                   # (B, i, j)
+        s = torch.einsum("bij,bijd->bjd", c, votes)                      # Eq. (4)
+        v = squash(s)                                                    # (B, j, d)
+        if r < iterations - 1:
+            b = b + torch.einsum("bijd,bjd->bij", votes, v)              # Eq. (1)
+    return (v, c) if return_coefficients else v
+
+
+def rescale(cost):
+    """Map costs affinely onto [-5, 5] over the last axis; all equal: 0.   [App. A.i]"""
+    low, high = cost.amin(-1, keepdim=True), cost.amax(-1, keepdim=True)
+    equal = high == low
+    return torch.where(equal, 0.0, 10 * (cost - low) / torch.where(equal, 1.0, high - low) - 5)
+
+
+def em_activation(log_mass, var, beta_v, beta_a, r):
+    """Log activation of higher capsules, of the cost of the votes they explain.   [Eq. (2)]
+
+    log_mass: (B, j), log sum_i R_ij a_i;  var: (B, j, d);  beta_v, beta_a: (j,);  r: iteration
+    -> (B, j)
+    """
+    mass = (log_mass - log_mass.amax(-1, keepdim=True)).exp()            # rescale ignores a factor
+    cost = mass * (beta_v[:, None] + var.log() / 2).sum(-1)           # sum_h (beta_v + log sigma_h)
+    return F.logsigmoid((1 + r) * (beta_a - rescale(cost)))
+
+
+@full_precision
+def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficients=False):
+    """Fit one Gaussian a higher capsule to the votes, by expectation maximisation.  [Eqs. (2), (3)]
+
+    votes: (B, i, j, d);  activation: (B, i), in [0, 1];  beta_v, beta_a: (j,)
+    -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
+       with return_coefficients also R (B, i, j), the assignment that the last M-step used
+    """
+    check_shape("votes", votes, "B i j d")
+    B, n_in, n_out, _ = votes.shape
+    check_shape("activation", activation, "B i", B=B, i=n_in)
+    check_shape("beta_v", beta_v, "j", j=n_out)
+    check_shape("beta_a", beta_a, "j", j=n_out)
+    check_positive(iterations=iterations)
+    log_a = activation.clamp_min(torch.finfo(votes.dtype).tiny).log()[:, :, None]
+    log_R = votes.new_full((B, n_in, n_out), -math.log(n_out))
+    for r in range(iterations):
+        log_w = log_R + log_a                                            # R_ij <- R_ij a_i
+        w = log_w.softmax(dim=1)                                         # (B, i, j)
+        mu = torch.einsum("bij,bijd->bjd", w, votes)                     # M-step, Eq. (2)
+        square = (votes - mu[:, None]).square()                          # (B, i, j, d)
+        var = torch.einsum("bij,bijd->bjd", w, square) + 1e-8
+        log_v = em_activation(log_w.logsumexp(1), var, beta_v, beta_a, r)
+        if r < iterations - 1:
+            log_p = -(square / var[:, None] + (2 * math.pi * var).log()[:, None]).sum(-1) / 2
+            log_R = (log_v[:, None] + log_p).log_softmax(dim=2)          # E-step, Eq. (3)
+    return (mu, log_v.exp(), log_R.exp()) if return_coefficients else (mu, log_v.exp())
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses on class-capsule lengths (B, K) and targets (B,): a scalar, mean over the batch
+# ------------------------------------------------------------------------------------------------
+
+
+@full_precision
+def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
+    """Sum_k T_k max(0, m+ - |v_k|)^2 + lam (1 - T_k) max(0, |v_k| - m-)^2.   [Sec. 3.2]
+
+    lengths: (B, K);  target: (B,), class numbers -> scalar
+    """
+    check_shape("lengths", lengths, "B K")
+    check_shape("target", target, "B", B=lengths.shape[0])
+    T = F.one_hot(target, lengths.shape[1]).to(lengths.dtype)
+    present, absent = (m_pos - lengths).relu().square(), (lengths - m_neg).relu().square()
+    return (T * present + lam * (1 - T) * absent).sum(1).mean()
+
+
+@full_precision
+def spread_loss(lengths, target, margin):
+    """Sum_{k != t} max(0, margin - (a_t - a_k))^2.   [Table 5, Hinton et al. 2018]
+
+    lengths: (B, K);  target: (B,);  margin: annealed 0.2 -> 0.9 by train.py -> scalar
+    """
+    check_shape("lengths", lengths, "B K")
+    check_shape("target", target, "B", B=lengths.shape[0])
+    a_t = lengths.gather(1, target[:, None])                             # (B, 1)
+    others = 1 - F.one_hot(target, lengths.shape[1]).to(lengths.dtype)
+    return ((margin - (a_t - lengths)).relu().square() * others).sum(1).mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# Routing without votes.  v_hat_j|i = W_gj u_i and the P capsules of type g share W_gj: votes are an
+# operator, not a tensor.  These are the two functions above, without the 268 MB that the
+# 2,048 x 2,048 votes of 16 numbers in Table 1's layer take for every sample.
+# ------------------------------------------------------------------------------------------------
+
+BLOCK = 2 ** 22                                                          # numbers an array may hold
+checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
+                     preserve_rng_state=False)
+
+
+def dynamic_rounds(u, W, b0, iterations, pool):
+    """The rounds of dynamic routing for the higher capsules of W.
+
+    A vote meets the rest twice.  In the agreement, v_hat_ij . (v1 + .. + vr) = u_i . key_gj with
+    key_gj = W_gj (v1 + .. + vr); and in s_j = sum_g W_gj^T (sum_p c_ij u_i): pool, then map.
+    u: (B, G, P, c);  W: (G, c, J, d);  pool(key (B, G, c, J), b0) -> sum_p c_ij u_i, (B, G, c, J)
+    -> v (B, J, d)
+    """
+    B, G, P, c = u.shape
+    W = W.permute(2, 0, 1, 3).flatten(1, 2)                              # (J, G*c, d)
+    key = u.new_zeros(B, G, c, W.shape[0])
+    V = 0
+    for r in range(iterations):
+        pooled = pool(key, b0).flatten(1, 2).permute(2, 0, 1)            # (J, B, G*c)
+        v = squash(pooled @ W)                                           # (J, B, d)
+        if r < iterations - 1:
+            V = V + v
+            key = (V @ W.mT).permute(1, 2, 0).unflatten(1, (G, c)).contiguous()
+    return v.transpose(0, 1)
+
+
+def pool_in(u, key, b0):
+    """sum_p c_ij u_i, c = softmax over i:  u (B, G, P, c), key (B, G, c, J) -> (B, G, c, J)."""
+    b = u @ key + b0                                                     # (B, G, P, J)
+    e = (b - b.detach().amax((1, 2), keepdim=True)).exp()
+    return u.mT @ e / e.sum((1, 2), keepdim=True)                        # divide what is small
+
+
+def pool_out(u, key, b0):
+    """sum_p c_ij u_i, c = softmax over j:  u (B, G, P, c), key (B, G, c, J) -> (B, G, c, J)."""
+    return u.mT @ (u @ key + b0).softmax(-1)
+
+
+def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
+    """dynamic_routing of the votes W u.   u: (B, G, P, c);  W: (G, c, j, d) -> v (B, j, d)
+
+    With the softmax over i this is iterated attention: queries v_j, keys and values u_i.  Higher
+    capsules never interact, so they are routed in blocks; with the softmax over j, types are pooled
+    in blocks.  Backward recomputes each block: no array of n_in x n_out numbers ever lives.
+    """
+    B, G, P, _ = u.shape
+    J = W.shape[2]
+    b0 = u.new_zeros(G, P, 1).expand(G, P, J) if b0 is None else b0.unflatten(0, (G, P))
+    if softmax == "in":
+        size = max(1, BLOCK // (B * G * P))
+        def route(u, W, b0):
+            return dynamic_rounds(u, W, b0, iterations, lambda key, b0: pool_in(u, key, b0))
+        blocks = zip(W.split(size, 2), b0.split(size, 2), strict=True)
+        return torch.cat([checkpoint(route, u, *block) for block in blocks], 1)
+    size = max(1, BLOCK // (B * P * J))
+
+    def pool(key, b0):
+        blocks = zip(u.split(size, 1), key.split(size, 1), b0.split(size, 0), strict=True)
+        return torch.cat([checkpoint(pool_out, *block) for block in blocks], 1)
+    return dynamic_rounds(u, W, b0, iterations, pool)
+
+
+def pairs(x, double):
+    """Products x_a x_b, a <= b, over the last axis, those with a < b times `double`."""
+    a, b = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return (x @ eye[:, a]) * (x @ (eye[:, b] * (1 + (double - 1) * (a != b))))
+
+
+def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None):
+    """E-step, then the moments of the new assignment, over the votes of some types.
+
+    With u = centre + x, a vote is delta + mu + W x, delta = W centre - mu; its distance from mu and
+    the moments of all votes are then polynomials of degree 2 in x, whose monomials are phi.  Around
+    the centre of each type and sample float32 loses nothing.
+    phi: (B, g, P, f), the monomials x_a x_b, x_a, 1;  log_a: (B, g, P, 1);  centre: (B, g, c)
+    W: (g, c, J, k);  mu, var (B, J, k), log_v (B, J) of the last M-step, or None: R is uniform
+    -> over these types log sum R a (B, J), mean (B, J, k), variance (B, J, k)
+    """
+    c, J = W.shape[1:3]
+    W2 = pairs(W.movedim(1, -1), 2).movedim(-1, 1)                       # (g, c(c+1)/2, J, k)
+    vote = torch.einsum("gcjk,bgc->bgjk", W, centre)                     # votes of the centres
+    if mu is None:
+        log_w = log_a - math.log(J)                                      # (B, g, P, 1)
+    else:
+        delta, p = vote - mu[:, None], 1 / (2 * var)
+        distance = phi @ torch.cat([                                     # (B, g, P, J)
+            torch.einsum("gfjk,bjk->bgfj", W2, p),
+            torch.einsum("gcjk,bgjk->bgcj", W, 2 * delta * p[:, None]),
+            (delta.square() * p[:, None]).sum(-1)[:, :, None]], 2)
+        log_p = (log_v - (2 * math.pi * var).log().sum(-1) / 2)[:, None, None] - distance
+        log_w = log_p.log_softmax(-1) + log_a                            # Eq. (3)
+    top = log_w.detach().amax((1, 2), keepdim=True)
+    w = (log_w - top).exp()
+    T = (phi.mT @ w).expand(-1, -1, -1, J)                               # (B, g, f, J), of x
+    T2, T1, T0 = T.split((T.shape[2] - c - 1, c, 1), 2)
+    mass = T0.sum(1)[:, 0, :, None]                                      # (B, J, 1), 1 or more
+    T0 = T0.movedim(2, 3)                                                # (B, g, J, 1)
+    Wx = torch.einsum("gcjk,bgcj->bgjk", W, T1)
+    mean = (T0 * vote + Wx).sum(1) / mass
+    delta = vote - mean[:, None]
+    square = torch.einsum("gfjk,bgfj->bjk", W2, T2) + (delta * (2 * Wx + T0 * delta)).sum(1)
+    return mass[..., 0].log() + top[:, 0, 0], mean, square / mass
+
+
+@full_precision
+def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3):
+    """em_routing of the votes W u.   u: (B, G, P, c);  activation: (B, G*P);  W: (G, c, j, d)
+
+    -> pose (B, j, d), activation (B, j);  types go in blocks, backward recomputes each
+    """
+    B, G, P, c = u.shape
+    J, k = W.shape[2:]
+    centre = u.mean(2)
+    x = u - centre[:, :, None]
+    phi = torch.cat([pairs(x, 1), x, torch.ones_like(x[..., :1])], -1)   # (B, G, P, f)
+    log_a = activation.clamp_min(torch.finfo(u.dtype).tiny).log().view(B, G, P, 1)
+    size = max(1, BLOCK // (J * max(B * P, phi.shape[-1] * k)))
+    inputs = (t.split(size, 1) for t in (phi, log_a, centre))
+    blocks = list(zip(*inputs, W.split(size), strict=True))
+    state = ()
+    for r in range(iterations):
+        parts = [checkpoint(em_moments, *block, *state) for block in blocks]
+        log_mass, mean, square = map(torch.stack, zip(*parts, strict=True))
+        share = log_mass.softmax(0)[..., None]                           # (blocks, B, J, 1)
+        mu = (share * mean).sum(0)
+        var = (share * (square + (mean - mu).square())).sum(0)           # law of total variance
+        var = var.clamp_min(0) + 1e-8
+        log_v = em_activation(log_mass.logsumexp(0), var, beta_v, beta_a, r)
+        state = mu, var, log_v
+    return mu, log_v.exp()
+
+
+# ------------------------------------------------------------------------------------------------
+# The routed capsule layer of CapNet
+# ------------------------------------------------------------------------------------------------
+
+
+class RoutedCapsules(nn.Module):
+    """Every lower capsule votes for every higher one, routing weighs the votes.   [Sec. 2.1]
+
+    The P capsules of a type share a transform (Fig. 1b); P = 1 gives each capsule its own.
+    routing: "dynamic" (softmax over "in" or "out" capsules) or "em";  bias: votes are W u + bias
+    b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
+        the last two are one number a pair (i, j) and need `positions`, the P of the inputs
+    u: (B, types, P, in_dim) -> v (B, out_capsules, out_dim)
+    em: u, activation (B, types*P) -> pose (B, out_capsules, out_dim), activation (B, out_capsules)
+    """
+
+    def __init__(self, types, in_dim, out_capsules, out_dim, routing="dynamic", iterations=3, *,
+                 softmax="in", bias=False, b_init="zero", positions=None, factored=True):
+        super().__init__()
+        check_positive(types=types, in_dim=in_dim, out_capsules=out_capsules, out_dim=out_dim,
+                       iterations=iterations)
+        check_choice("routing", routing, ("dynamic", "em"))
+        check_choice("softmax", softmax, ("in", "out"))
+        check_choice("b_init", b_init, ("zero", "random", "learnable"))
+        if b_init != "zero" and routing == "em":
+            raise ValueError(f"b_init={b_init!r}: must be 'zero' with routing='em'")
+        if b_init != "zero" and positions is None:
+            raise ValueError(f"positions=None: must be given with b_init={b_init!r}")
+        self.types, self.in_dim, self.routing = types, in_dim, routing
+        self.iterations, self.softmax, self.factored = iterations, softmax, factored
+        std = math.sqrt(types / in_dim)                                  # deviation 8
+        self.weight = nn.Parameter(torch.randn(types, in_dim, out_capsules, out_dim) * std)
+        self.bias = nn.Parameter(torch.zeros(types, out_capsules, out_dim)) if bias else None
+        if b_init == "zero":
+            self.b = None
+        else:
+            b = torch.randn(types * positions, out_capsules)
+            if b_init == "random":
+                self.register_buffer("b", b)
+            else:
+                self.b = nn.Parameter(torch.zeros_like(b))
+        if routing == "em":
+            self.beta_v = nn.Parameter(torch.zeros(out_capsules))
+            self.beta_a = nn.Parameter(torch.zeros(out_capsules))
+
+    def votes(self, u):
+        """v_hat_j|i = w_ij u_i: (B, types, P, in_dim) -> (B, types*P, out_capsules, out_dim)."""
+        check_shape("u", u, "B types P in_dim", types=self.types, in_dim=self.in_dim)
+        votes = torch.einsum("bgpc,gcjd->bgpjd", u, self.weight)
+        if self.bias is not None:
+            votes = votes + self.bias[:, None]
+        return votes.flatten(1, 2)
+
+    def forward(self, u, activation=None):
+        check_shape("u", u, "B types P in_dim", types=self.types, in_dim=self.in_dim)
+        if self.routing == "em":
+            if activation is None:
+                raise ValueError("activation=None: must be given with routing='em'")
+            check_shape("activation", activation, "B i", B=u.shape[0], i=u.shape[1] * u.shape[2])
+        if self.b is not None:
+            check_shape("u", u, "B types P in_dim", P=self.b.shape[0] // self.types)
+        if not self.factored or u.shape[2] < {"dynamic": 4, "em": 16}[self.routing]:
+            return self.route(dynamic_routing, em_routing, self.votes(u), activation)
+        W = self.weight
+        if self.bias is not None:                                        # the weight of a 1
+            W = torch.cat([W, self.bias[:, None]], 1)
+            u = torch.cat([u, torch.ones_like(u[..., :1])], -1)
+        return self.route(partial(dynamic_without_votes, W=W), partial(em_without_votes, W=W),
+                          u, activation)
+
+    def route(self, dynamic, em, x, activation):
+        """One of two routing functions on votes, or on inputs x."""
+        if self.routing == "dynamic":
+            return dynamic(x, iterations=self.iterations, softmax=self.softmax, b0=self.b)
+        pose, a = em(x, activation, beta_v=self.beta_v, beta_a=self.beta_a,
+                     iterations=self.iterations)
+        return pose.to(x.dtype), a.to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# capConv: approximate routing in one pass, by a master and an aide branch
+# ------------------------------------------------------------------------------------------------
+
+
+def squash_image(s, types):
+    """squash every capsule of an image (B, types*d, H, W)."""
+    return squash(s.unflatten(1, (types, -1)), dim=2).flatten(1, 2)
+
+
+class ComplementConv(nn.Module):
+    """Convolution in which every capsule type sees all types but its own: N-bar_j of Eq. (6).
+
+    weight: (types*(types-1), out_dim, in_dim, k, k), one block an ordered pair of distinct types
+    u: (B, types*in_dim, H, W) -> (B, types*out_dim, H', W')
+    """
+
+    def __init__(self, in_dim, out_dim, kernel_size, stride, types):
+        super().__init__()
+        self.types, self.stride, self.padding = types, stride, kernel_size // 2
+        pairs = [(j, i) for j in range(types) for i in range(types) if i != j]
+        self.register_buffer("pairs", torch.tensor(pairs).T, persistent=False)
+        bound = 1 / math.sqrt((types - 1) * in_dim * kernel_size ** 2)   # as nn.Conv2d
+        shape = (len(pairs), out_dim, in_dim, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+    def dense(self):
+        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero."""
+        blocks = self.weight.new_zeros(self.types, self.types, *self.weight.shape[1:])
+        blocks = blocks.index_put(tuple(self.pairs), self.weight)        # (j, i, d_out, d_in, k, k)
+        return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def forward(self, u):
+        return F.conv2d(u, self.dense(), stride=self.stride, padding=self.padding)
+
+
+class CapConv(nn.Module):
+    """Approximate routing: s = m1 v1 + m2 v2, BatchNorm, ReLU, squash.   [Eq. (6), Fig. 1c]
+
+    v1 = master(u): each type from itself, kernel k1;  v2 = aide(u): each type from all others, k2.
+    coefficients: what the m's are computed from, one number a type and position   [Table 3 (1-4)]
+        "own" m1(v1), m2(v2);  "cross" m1(v2), m2(v1);  "both" m1(v1, v2), m2(v1, v2);  None: s = v1
+    skip: type I, adds a strided projection of u before BatchNorm; type II layers instead take
+        `residual`, which the module hands to the last of a chain   [Table 3 (5-7)]
+    u: (B, types*in_dim, H, W) -> (B, types*out_dim, ceil(H/stride), ceil(W/stride))
+    """
+
+    def __init__(self, in_dim, out_dim, kernel_size, stride=1, types=32, coefficients="both",
+                 aide_kernel=3, skip=False):
+        super().__init__()
+        check_positive(in_dim=in_dim, out_dim=out_dim, stride=stride, types=types)
+        for name, size in (("kernel_size", kernel_size), ("aide_kernel", aide_kernel)):
+            check_positive(**{name: size})
+            if size % 2 == 0:
+                raise ValueError(f"{name}={size}: must be odd")
+        check_choice("coefficients", coefficients, ("both", "own", "cross", None))
+        if coefficients is not None and types == 1:
+            raise ValueError(f"types=1: must be 2 or more with coefficients={coefficients!r} "
+                             "(the aide sees the other types)")
+        self.in_dim, self.types, self.coefficients = in_dim, types, coefficients
+        low, high = types * in_dim, types * out_dim
+
+        def grouped(c_in, c_out, k, stride=1, bias=False):
+            return nn.Conv2d(c_in, c_out, k, stride, k // 2, groups=types, bias=bias)
+
+        self.master = grouped(low, high, kernel_size, stride)
+        if coefficients is not None:
+            self.aide = ComplementConv(in_dim, out_dim, aide_kernel, stride, types)
+            source = 2 * high if coefficients == "both" else high
+            self.m1, self.m2 = (grouped(source, types, 3, bias=True) for _ in range(2))
+            for m in (self.m1, self.m2):
+                nn.init.ones_(m.bias)                                    # deviation 6
+        self.skip = grouped(low, high, 3, stride) if skip else None
+        self.norm = nn.BatchNorm2d(high)
+
+    def branches(self, u):
+        """v1, v2 (B, types*d, H', W') and their coefficients m1, m2 (B, types, H', W')."""
+        v1, v2 = self.master(u), self.aide(u)
+        if self.coefficients == "both":
+            v12 = torch.cat([v.unflatten(1, (self.types, -1)) for v in (v1, v2)], dim=2)
+            source1 = source2 = v12.flatten(1, 2)                        # (B, types*2d, H', W')
+        else:
+            source1, source2 = (v1, v2) if self.coefficients == "own" else (v2, v1)
+        return v1, v2, self.m1(source1), self.m2(source2)
+
+    def forward(self, u, residual=None):
+        check_shape("u", u, "B types*in_dim H W", **{"types*in_dim": self.types * self.in_dim})
+        if self.coefficients is None:
+            s = self.master(u)
+        else:
+            v1, v2, m1, m2 = self.branches(u)
+            v1, v2 = (v.unflatten(1, (self.types, -1)) for v in (v1, v2))     # (B, G, d, H', W')
+            s = (m1.unsqueeze(2) * v1 + m2.unsqueeze(2) * v2).flatten(1, 2)   # Eq. (6)
+        if self.skip is not None:
+            s = s + self.skip(u)
+        if residual is not None:
+            check_shape("residual", residual, "B C H W", **dict(zip("BCHW", s.shape, strict=True)))
+            s = s + residual
+        return squash_image(F.relu(self.norm(s)), self.types)
+
+
+class CapFC(nn.Module):
+    """Class capsules, fully connected within each capsule dimension.   [Sec. 3.1]
+
+    v_kd = squash over d of sum_n W[d, n, k] u_nd, no bias.   u: (B, n, d) -> (B, k, d)
+    """
+
+    def __init__(self, in_capsules, dim, out_capsules):
+        super().__init__()
+        check_positive(in_capsules=in_capsules, dim=dim, out_capsules=out_capsules)
+        weight = torch.randn(dim, in_capsules, out_capsules) / math.sqrt(in_capsules)
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, u):
+        dim, n, _ = self.weight.shape
+        check_shape("u", u, "B n d", n=n, d=dim)
+        return squash(torch.einsum("bnd,dnk->bkd", u, self.weight))
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimal transport between two batches of samples
+# ------------------------------------------------------------------------------------------------
+
+
+@full_precision
+def cosine_cost(x, y):
+    """1 - cos(x, y), in [0, 2]; a zero vector costs 1 against anything, with zero gradient there.
+
+    x: (..., n, d);  y: (..., m, d) -> (..., n, m)
+    """
+    def unit(z):
+        length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        return z / torch.where(length > 0, length, 1.0)
+    return 1 - unit(x) @ unit(y).transpose(-2, -1)
+
+
+@full_precision
+def l2_cost(x, y):
+    """Euclidean distance, unbounded; value and gradient are 0 where x = y.   [Table 3 (d5)]
+
+    x: (..., n, d);  y: (..., m, d) -> (..., n, m)
+    """
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+COSTS = {"cosine": (cosine_cost, 2.0), "l2": (l2_cost, None)}         # function, bound on its range
+
+
+@full_precision
+def transport_cost(Q, P):
+    """Cost of moving mass along a plan, <Q, P>.   [Eq. (8)]
+
+    Q: (..., n, m) ground cost;  P: (..., n, m) plan, sums to 1 -> (...) in the units of Q
+    """
+    return (Q * P).sum((-2, -1))
+
+
+@full_precision
+def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None):
+    """Entropic transport plan between uniform marginals, L Sinkhorn iterations.   [Eqs. (9), (10)]
+
+    Q: (..., n, m) ground cost;  eps: in the units of Q;  iterations: L
+    q_max: a known bound on Q, allows the kernel form where exp(-q_max/eps) is safe; None: log form
+    -> P (..., n, m): rows sum to 1/n exactly (updated last), columns to 1/m as L grows
+    """
+    check_positive(float, eps=eps)
+    check_positive(iterations=iterations)
+    if Q.dim() < 2:
+        raise ValueError(f"Q has {Q.dim()} axes: must have 2 or more, (..., n, m)")
+    n, m = Q.shape[-2:]
+    if q_max is not None and q_max <= 60 * eps:
+        K = (-Q / eps).exp()                                             # Gibbs kernel
+        K_T = K.transpose(-2, -1).contiguous()
+        b = K.new_full((*Q.shape[:-2], 1, n), 1 / n)
+        for _ in range(iterations):                                      # Eq. (9), row vectors
+            a = 1 / m / (b @ K)                                          # (..., 1, m)
+            b = 1 / n / (a @ K_T)                                        # (..., 1, n)
+        return b.transpose(-2, -1) * K * a                               # Eq. (10)
+    log_P = -Q / eps
+    for _ in range(iterations):
+        log_P = log_P.log_softmax(-2) - math.log(m)
+        log_P = log_P.log_softmax(-1) - math.log(n)
+    return log_P.exp()
+
+
+def sinkhorn_cost(Q, eps=0.1, iterations=10, q_max=None, plan_grad=False):
+    """W_Q = <Q, P>, P by Sinkhorn; no gradient flows through P unless plan_grad.   [Eq. (8)]
+
+    Q: (..., n, m) -> (...)
+    """
+    return transport_cost(Q, sinkhorn_plan(Q if plan_grad else Q.detach(), eps, iterations, q_max))
+
+
+def debias(xy, xx, yy):
+    """2 W(x, y) - W(x, x) - W(y, y).   [Eq. (11)]   POT and geomloss use half of it."""
+    return 2 * xy - xx - yy
+
+
+@full_precision
+def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=True,
+                        plan_grad=False):
+    """How far two clouds of equally weighted samples are from each other.   [Eq. (11)]
+
+    x: (..., n, d);  y: (..., m, d);  eps, iterations: as sinkhorn_plan;  cost: "cosine" or "l2"
+    bias_fix: False gives W(x, y) of Eq. (8) alone   [Table 3 (d1)]
+    plan_grad: differentiate through P too           [Table 3 (d2)]
+    -> (...), in the units of the cost
+    """
+    check_choice("cost", cost, tuple(COSTS))
+    if x.dim() < 2 or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
+        raise ValueError(f"y has shape {tuple(y.shape)}: must agree with x, {tuple(x.shape)}, "
+                         "on every axis but -2 (samples)")
+    ground, q_max = COSTS[cost]
+
+    def W(x, y):
+        return sinkhorn_cost(ground(x, y), eps, iterations, q_max, plan_grad)
+
+    if not bias_fix:
+        return W(x, y)
+    if x.shape == y.shape:                                          # one batched call for all three
+        return debias(*W(torch.stack([x, x, y]), torch.stack([y, x, y])))
+    return debias(W(x, y), W(x, x), W(y, y))
+
+
+@full_precision
+def kl_divergence(real, generated):
+    """KL(softmax(real) || softmax(generated)), mean over B.   [Table 3 (b)]   (B, F) -> scalar"""
+    return F.kl_div(generated.log_softmax(-1), real.log_softmax(-1), log_target=True,
+                    reduction="batchmean")
+
+
+# ------------------------------------------------------------------------------------------------
+# Feedback agreement: the higher layer must be able to tell the lower one
+# ------------------------------------------------------------------------------------------------
+
+
+def gather(x):
+    """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    from torch.distributed.nn.functional import all_gather
+    return torch.cat(all_gather(x))
+
+
+class FeedbackUnit(nn.Module):
+    """Divergence of a lower image from what a generator makes of the higher one.   [App. B]
+
+    low, high: channels;  stride: the step from low to high
+    generator: "capsule", transposed 3x3 convolution a type, BatchNorm, ReLU, squash; "vanilla",
+        ungrouped, no squash [Table 3 (d4)], also the one for networks without capsules
+    extractor: False compares raw pixels (d3);  divergence: "ot", or "kl" (b)
+    cost, eps, iterations, bias_fix, plan_grad: as sinkhorn_divergence
+    forward(low (B, low, H, W), high (B, high, H', W')) -> scalar
+    """
+
+    def __init__(self, low, high, types=32, stride=2, *, generator="capsule", extractor=True,
+                 divergence="ot", cost="cosine", eps=0.1, iterations=10, bias_fix=True,
+                 plan_grad=False):
+        super().__init__()
+        check_positive(low=low, high=high, types=types, stride=stride, iterations=iterations)
+        check_positive(float, eps=eps)
+        check_choice("generator", generator, ("capsule", "vanilla"))
+        check_choice("divergence", divergence, ("ot", "kl"))
+        check_choice("cost", cost, tuple(COSTS))
+        self.types = types if generator == "capsule" else None
+        if self.types and (low % types or high % types):
+            raise ValueError(f"types={types}: must divide low={low} and high={high}")
+        self.kind, self.cost, self.bias_fix = divergence, cost, bias_fix
+        self.sinkhorn = {"eps": eps, "iterations": iterations, "plan_grad": plan_grad,
+                         "q_max": COSTS[cost][1]}
+        self.deconv = nn.ConvTranspose2d(high, low, 3, stride, padding=1, bias=False,
+                                         groups=self.types or 1)
+        self.norm = nn.BatchNorm2d(low)
+        self.extractor = nn.ModuleList([
+            nn.Conv2d(low, max(1, low // 4), 3, 2, 1, bias=False), nn.BatchNorm2d(max(1, low // 4)),
+            nn.Conv2d(max(1, low // 4), 1, 3, 2, 1, bias=False), nn.BatchNorm2d(1),
+        ]) if extractor else None
+
+    def generate(self, high, size):
+        """g_psi: the lower image (B, low, H, W), of size (H, W), told from the higher one."""
+        u = F.relu(self.norm(self.deconv(high, output_size=size)))
+        return squash_image(u, self.types) if self.types else u
+
+    def extract(self, image):
+        """f_phi: image (B, low, H, W) -> features (B, F)."""
+        if self.extractor is None:
+            return image.flatten(1)
+        conv1, norm1, conv2, norm2 = self.extractor
+        h = F.relu(norm1(conv1(image)))
+        stride = 2 if max(h.shape[-2:]) > 2 else 1                       # deviation 3
+        return F.relu(norm2(F.conv2d(h, conv2.weight, stride=stride, padding=1))).flatten(1)
+
+    def features(self, low, high):
+        """Features of the real and of the generated lower image, each (B, F), of all ranks."""
+        both = torch.cat([low, self.generate(high, low.shape[-2:])])
+        real, generated = self.extract(both).chunk(2)
+        return gather(real), gather(generated)
+
+    def costs(self, low, high):
+        """Costs of generated x and real y: (3, B, B), xy xx yy; (1, B, B) without bias fix."""
+        y, x = self.features(low, high)
+        ground, _ = COSTS[self.cost]
+        if not self.bias_fix:
+            return ground(x, y)[None]
+        return ground(torch.stack([x, x, y]), torch.stack([y, x, y]))
+
+    def divergence(self, Q):
+        """Eq. (11) of stacked costs (..., 3, B, B), or Eq. (8) of (..., 1, B, B) -> (...)."""
+        W = sinkhorn_cost(Q, **self.sinkhorn).unbind(-1)
+        return debias(*W) if self.bias_fix else W[0]
+
+    def forward(self, low, high):
+        if self.kind == "kl":
+            return kl_divergence(*self.features(low, high))
+        return self.divergence(self.costs(low, high))
+
+
+def total_feedback(units, images):
+    """Sum of the divergences of units of one kind over their images [(low, high), ...] -> scalar.
+
+    All optimal transport problems of a step are solved in one batched call.
+    """
+    if units[0].kind == "kl":
+        return sum(unit(*pair) for unit, pair in zip(units, images, strict=True))
+    costs = [unit.costs(*pair) for unit, pair in zip(units, images, strict=True)]
+    return units[0].divergence(torch.stack(costs)).sum()
+
+
+# ------------------------------------------------------------------------------------------------
+# The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval and without a unit)
+# ------------------------------------------------------------------------------------------------
+
+
+def conv_bn_relu(c_in, c_out, stride=1):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
+                         nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+def capsules(image, types):
+    """(B, G*d, H, W) -> (B, G, P, d), P = H*W."""
+    return image.unflatten(1, (types, -1)).flatten(3).transpose(2, 3)
+
+
+def lengths(v):
+    """Class scores: the lengths of class capsules, (B, K, d) -> (B, K)."""
+    return torch.linalg.vector_norm(v, dim=-1)
+
+
+class Network(nn.Module):
+    """What all networks share.   logits: whether scores are logits or lengths"""
+
+    logits = False
+
+    def __init__(self, num_classes, in_channels, image_size):
+        super().__init__()
+        check_positive(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+        self.image = {"C": in_channels, "H": image_size, "W": image_size}
+
+    def check(self, x):
+        check_shape("x", x, "B C H W", **self.image)
+        return x
+
+    def add_units(self, feedback, channels, strides, **unit):
+        """One unit a module, output -> input, or two, also output -> type II input."""
+        check_choice("feedback", feedback, (0, 1, 2))
+        self.feedback, self.units = feedback, nn.ModuleList()
+        for low, high, stride in zip(channels[:-1], channels[1:], strides, strict=True):
+            steps = [(low, stride), (high, 1)][:feedback]
+            self.units.extend(FeedbackUnit(size, high, stride=step, **unit) for size, step in steps)
+
+    def run_modules(self, u):
+        """Image u through all modules -> last image, sum of the feedback divergences."""
+        images = []
+        for module in self.blocks:
+            w, v = module(u)                                          # type I output, module output
+            images += [(u, v), (w, v)][:self.feedback]
+            u = v
+        if self.training and self.feedback:
+            return u, total_feedback(self.units, images)
+        return u, u.new_zeros(())
+
+
+class EncapModule(nn.Module):
+    """Type I capConv, which raises the dimension, then a chain of N of type II.  [Fig. 3a, Table 2]
+
+    u -> (w, v), the images after type I and after the chain
+    """
+
+    def __init__(self, in_dim, out_dim, depth, stride, skip, **options):
+        super().__init__()
+        self.skip = skip in ("both", "II")
+        self.reduce = CapConv(in_dim, out_dim, 3, stride, skip=skip in ("both", "I"), **options)
+        self.chain = nn.ModuleList(CapConv(out_dim, out_dim, 1, **options) for _ in range(depth))
+
+    def forward(self, u):
+        w = v = self.reduce(u)
+        for layer in self.chain[:-1]:
+            v = layer(v)
+        return w, self.chain[-1](v, residual=w if self.skip else None)
+
+
+class EncapNet(Network):
+    """Convolution, capConv modules, capFC.   [Table 2]
+
+    depths: N of each module;  dims: capsule dimension before and after each;  types: capsule types
+    coefficients: as CapConv, for all modules or a tuple of one a module;  aide_kernel: as CapConv
+    skip: "both", "I", "II" or None [Table 3 (5-7)];  stem_stride: 4 for images of 128 and more
+    feedback: units a module, 0, 1, 2;  further keywords go to FeedbackUnit
+    """
+
+    def __init__(self, num_classes=10, in_channels=3, image_size=32, *, depths=(3, 3, 3, 3),
+                 dims=(1, 2, 4, 8, 16), types=32, coefficients="both", aide_kernel=3, skip="both",
+                 stem_stride=1, feedback=0, **unit):
+        super().__init__(num_classes, in_channels, image_size)
+        check_positive(types=types, stem_stride=stem_stride)
+        check_choice("skip", skip, ("both", "I", "II", None))
+        for depth in depths:
+            check_positive(depths=depth)
+        if len(dims) != len(depths) + 1:
+            raise ValueError(f"dims={dims!r}: must be one number more than depths={depths!r}")
+        if not isinstance(coefficients, (tuple, list)):
+            coefficients = (coefficients,) * len(depths)
+        if len(coefficients) != len(depths):
+            raise ValueError(f"coefficients={coefficients!r}: must be one or {len(depths)}")
+        strides = (1,) + (2,) * (len(depths) - 1)
+        self.types = types
+        self.stem = conv_bn_relu(in_channels, types * dims[0], stem_stride)
+        self.blocks = nn.ModuleList(
+            EncapModule(*dims[k:k + 2], depths[k], strides[k], skip, types=types,
+                        coefficients=coefficients[k], aide_kernel=aide_kernel)
+            for k in range(len(depths)))
+        self.add_units(feedback, [types * d for d in dims], strides, types=types, **unit)
+        side = image_size
+        for stride in (stem_stride, *strides):
+            side = math.ceil(side / stride)
+        self.classes = CapFC(types * side ** 2, dims[-1], num_classes)
+
+    def forward(self, x):
+        u, feedback = self.run_modules(self.stem(self.check(x)))
+        return lengths(self.classes(capsules(u, self.types).flatten(1, 2))), feedback
+
+
+def six_layer_stem(in_channels, width, image_size):
+    """The four convolutions of Table 1 -> 8*width channels; and the side of their output."""
+    channels = (in_channels, width, 2 * width, 4 * width, 8 * width)
+    stem = nn.Sequential(*map(conv_bn_relu, channels[:-1], channels[1:], (1, 1, 2, 2)))
+    return stem, math.ceil(math.ceil(image_size / 2) / 2)
+
+
+class EncapNet6(Network):
+    """Table 1 (e), (f): four convolutions, one capConv 8 -> 16 at 8x8, capFC.   [App. A.i]"""
+
+    def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32,
+                 coefficients="both", aide_kernel=3, skip=False):
+        super().__init__(num_classes, in_channels, image_size)
+        self.types = types
+        self.stem, side = six_layer_stem(in_channels, types, image_size)
+        self.capconv = CapConv(8, 16, 3, types=types, coefficients=coefficients,
+                               aide_kernel=aide_kernel, skip=skip)
+        self.classes = CapFC(types * side ** 2, 16, num_classes)
+
+    def forward(self, x):
+        u = self.capconv(self.stem(self.check(x)))
+        v = self.classes(capsules(u, self.types).flatten(1, 2))
+        return lengths(v), v.new_zeros(())
+
+
+class CapNet(Network):
+    """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
+
+    routing, iterations, softmax, b_init, factored: as RoutedCapsules
+    """
+
+    def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32, routing="dynamic",
+                 iterations=3, softmax="in", b_init="zero", factored=True):
+        super().__init__(num_classes, in_channels, image_size)
+        self.types, self.routing = types, routing
+        self.stem, side = six_layer_stem(in_channels, types, image_size)
+        options = dict(routing=routing, iterations=iterations, softmax=softmax, b_init=b_init,
+                       factored=factored, positions=side ** 2)
+        self.routed = nn.ModuleList([RoutedCapsules(types, 8, types * side ** 2, 16, **options),
+                                     RoutedCapsules(types, 16, num_classes, 16, **options)])
+        if routing == "em":
+            self.activation = nn.Sequential(nn.Conv2d(8 * types, types, 3, padding=1, bias=False),
+                                            nn.BatchNorm2d(types), nn.Sigmoid())
+
+    def forward(self, x):
+        image = self.stem(x)                                           # (B, 8G, H, W), unsquashed
+        first, last = self.routed
+        u = capsules(image, self.types)                                  # (B, G, P, 8)
+        if self.routing == "em":
+            pose, a = first(u, self.activation(image).flatten(1))        # (B, G*P, 16), (B, G*P)
+            v = squash(last(pose.unflatten(1, u.shape[1:3]), a)[0])      # deviation 5
+        else:
+            v = last(first(u).unflatten(1, u.shape[1:3]))
+        return lengths(v), v.new_zeros(())
+
+
+class CNN(Network):
+    """Table 1 (c), (d): five convolutions, average pooling, a linear layer.   [App. A.i]
+
+    width: channels of the first convolution are 32*width, and so on in proportion
+    """
+
+    logits = True
+
+    def __init__(self, num_classes=10, in_channels=3, image_size=32, *, width=1.0):
+        super().__init__(num_classes, in_channels, image_size)
+        check_positive(float, width=width)
+        base = max(1, round(32 * width))
+        self.stem, _ = six_layer_stem(in_channels, base, image_size)
+        self.conv = conv_bn_relu(8 * base, 16 * base)
+        self.classes = nn.Linear(16 * base, num_classes)
+
+    def forward(self, x):
+        logits = self.classes(self.conv(self.stem(self.check(x))).mean((2, 3)))
+        return logits, logits.new_zeros(())
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, res() of Table 2."""
+
+    def __init__(self, c_in, c_out, stride=1):
+        super().__init__()
+        self.body = nn.Sequential(conv_bn_relu(c_in, c_out, stride),
+                                  nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False),
+                                  nn.BatchNorm2d(c_out))
+        self.shortcut = nn.Identity() if (c_in, stride) == (c_out, 1) else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class ResidualModule(nn.Module):
+    """n residual blocks;  u -> (w, v), the images after the first and after the last."""
+
+    def __init__(self, c_in, c_out, n, stride):
+        super().__init__()
+        self.first = ResidualBlock(c_in, c_out, stride)
+        self.rest = nn.Sequential(*(ResidualBlock(c_out, c_out) for _ in range(n - 1)))
+
+    def forward(self, u):
+        w = self.first(u)
+        return w, self.rest(w)
+
+
+class ResNet(Network):
+    """The residual network with EncapNet's input and output shapes.   [Table 2]
+
+    blocks: n of each module, 2 + 2 sum(n) layers;  width: factor on 32, 64, 128, 256, 512 channels
+    feedback: units a module, 0, 1, 2, generator vanilla;  further keywords go to FeedbackUnit
+    """
+
+    logits = True
+
+    def __init__(self, num_classes=10, in_channels=3, image_size=32, *, blocks=(2, 2, 2, 2),
+                 width=1.0, feedback=0, generator="vanilla", **unit):
+        super().__init__(num_classes, in_channels, image_size)
+        for n in blocks:
+            check_positive(blocks=n)
+        check_positive(float, width=width)
+        channels = [max(1, round(width * 32)) * 2 ** k for k in range(len(blocks) + 1)]
+        strides = (1,) + (2,) * (len(blocks) - 1)
+        self.stem = conv_bn_relu(in_channels, channels[0])
+        self.blocks = nn.ModuleList(
+            map(ResidualModule, channels[:-1], channels[1:], blocks, strides))
+        self.add_units(feedback, channels, strides, generator=generator, **unit)
+        self.classes = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, x):
+        u, feedback = self.run_modules(self.stem(self.check(x)))
+        return self.classes(u.mean((2, 3))), feedback
+
+
+# ------------------------------------------------------------------------------------------------
+# Registry: a model is a class and the keywords that make it
+# ------------------------------------------------------------------------------------------------
+
+V2 = dict(depths=(23, 24, 24, 24), coefficients=(None, None, "both", "both"), stem_stride=4,
+          feedback=2)
+
+MODELS = {
+    "encapnet":        (EncapNet, dict(feedback=2)),                     # v1, 18 layers
+    "encapnet-v2":     (EncapNet, V2),                                  # 101 layers, 128x128 images
+    "encapnet-v3":     (EncapNet, V2),                                   # the same for 224x224
+    "encapnet-small":  (EncapNet, dict(depths=(1, 1, 1), dims=(2, 4, 8, 16), types=8, stem_stride=2,
+                                       feedback=1)),                     # the default run on digits
+    "encapnet6":       (EncapNet6, dict(coefficients="both")),           # Table 1 (f)
+    "encapnet6-master": (EncapNet6, dict(coefficients=None)),            # Table 1 (e)
+    "capnet-dynamic":  (CapNet, dict(routing="dynamic")),                # Table 1 (a)
+    "capnet-em":       (CapNet, dict(routing="em")),                     # Table 1 (b)
+    "cnn-same":        (CNN, dict(width=1.0)),                           # Table 1 (c)
+    "cnn-similar":     (CNN, dict(width=2.375)),                         # Table 1 (d)
+    "resnet18":        (ResNet, dict(blocks=(2, 2, 2, 2))),              # Tables 2, 3
+}
+
+
+def keywords(cls):
+    """Names of the keywords that a class takes after num_classes, in_channels, image_size."""
+    parameters = inspect.signature(cls).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    takes_unit = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return names + [n for n in keywords(FeedbackUnit) if n not in names] if takes_unit else names
+
+
+def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
+    """A network of the paper by name, any keyword of its class overridden.   [Tables 1, 2, 3, 5]
+    """
+    check_choice("name", name, tuple(MODELS))
+    cls, defaults = MODELS[name]
+    for keyword in overrides:
+        if keyword not in keywords(cls):
+            raise ValueError(f"{keyword}={overrides[keyword]!r}: must be one of "
+                             f"{', '.join(keywords(cls))} for {name}")
+    return cls(num_classes, in_channels, image_size, **{**defaults, **overrides})
