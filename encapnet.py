@@ -920,7 +920,7 @@ class CapNet(Network):
                                             nn.BatchNorm2d(types), nn.Sigmoid())
 
     def forward(self, x):
-        image = self.stem(self.check(x))                                 # (B, 8G, H, W), unsquashed
+        image = self.stem(self.check(x))                                 # (B, 8G, H, W)
         first, last = self.routed
         u = capsules(image, self.types)                                  # (B, G, P, 8)
         if self.routing == "em":
@@ -1043,7 +1043,7 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
     """A network of the paper by name, any keyword of its class overridden.   [Tables 1, 2, 3, 5]
 
     -> model;  model(x (B, in_channels, image_size, image_size)) -> scores (B, K), feedback ()
-    Parameters in millions (v2 at 128, v3 at 224) and in Mib of 32 bits, beside Table 1's "Mb".  Only
+    Parameters in millions (v2 at 128, v3 at 224), in Mib of 32 bits, and Table 1's "Mb".  Only
     the paper's difference of its last two rows is near ours: 34.92, 35.44.
         capnet-dynamic     8.859    270.4    151.24    (a)
         capnet-em          8.937    272.7    152.44    (b)
