@@ -213,7 +213,7 @@ def spread_loss(lengths, target, margin):
 # 2,048 x 2,048 votes of 16 numbers in Table 1's layer take for every sample.
 # ------------------------------------------------------------------------------------------------
 
-BLOCK = 2 ** 22                                                          # numbers an array may hold
+BLOCK = 2 ** 20                                                          # numbers an array may hold
 checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
                      preserve_rng_state=False)
 
@@ -318,30 +318,40 @@ def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None):
     return mass[..., 0].log() + top[:, 0, 0], mean, square / mass
 
 
+def em_merge(*parts):
+    """Moments over all types, of those over some: log mass (B, J), mean and variance (B, J, k)."""
+    log_mass, mean, square = map(torch.stack, (parts[0::3], parts[1::3], parts[2::3]))
+    share = log_mass.softmax(0)[..., None]                               # (parts, B, J, 1)
+    mu = (share * mean).sum(0)
+    var = (share * (square + (mean - mu).square())).sum(0)               # law of total variance
+    return log_mass.logsumexp(0), mu, var.clamp_min(0) + 1e-8
+
+
 @full_precision
 def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3):
     """em_routing of the votes W u.   u: (B, G, P, c);  activation: (B, G*P);  W: (G, c, j, d)
 
-    -> pose (B, j, d), activation (B, j);  types go in blocks, backward recomputes each
+    -> pose (B, j, d), activation (B, j);  samples and types go in blocks, backward recomputes each
     """
     B, G, P, c = u.shape
     J, k = W.shape[2:]
     centre = u.mean(2)
     x = u - centre[:, :, None]
     phi = torch.cat([pairs(x, 1), x, torch.ones_like(x[..., :1])], -1)   # (B, G, P, f)
+    size = max(1, 4 * BLOCK // (J * k * phi.shape[-1]))                  # types at once
+    samples = max(1, 2 * BLOCK // (J * P * size))                        # at once
+    if B > samples:
+        parts = [checkpoint(em_without_votes, *part, beta_v, beta_a, W, iterations)
+                 for part in zip(u.split(samples), activation.split(samples), strict=True)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
     log_a = activation.clamp_min(torch.finfo(u.dtype).tiny).log().view(B, G, P, 1)
-    size = max(1, BLOCK // (J * max(B * P, phi.shape[-1] * k)))
     inputs = (t.split(size, 1) for t in (phi, log_a, centre))
     blocks = list(zip(*inputs, W.split(size), strict=True))
     state = ()
     for r in range(iterations):
         parts = [checkpoint(em_moments, *block, *state) for block in blocks]
-        log_mass, mean, square = map(torch.stack, zip(*parts, strict=True))
-        share = log_mass.softmax(0)[..., None]                           # (blocks, B, J, 1)
-        mu = (share * mean).sum(0)
-        var = (share * (square + (mean - mu).square())).sum(0)           # law of total variance
-        var = var.clamp_min(0) + 1e-8
-        log_v = em_activation(log_mass.logsumexp(0), var, beta_v, beta_a, r)
+        log_mass, mu, var = checkpoint(em_merge, *(moment for part in parts for moment in part))
+        log_v = em_activation(log_mass, var, beta_v, beta_a, r)
         state = mu, var, log_v
     return mu, log_v.exp()
 

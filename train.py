@@ -1,18 +1,18 @@
 """Train, test and tabulate the networks of encapnet.py.
 
     python train.py                                        three minutes on a laptop; needs no data
-    python train.py --dataset mnist --model encapnet6      the paper's settings, any flag changes them
+    python train.py --dataset mnist --model encapnet6      the paper's settings; flags change them
     python train.py --dataset folder --data-path DIR       your images: DIR/{train,test}/CLASS/*.jpg
     python train.py --resume                               go on with the newest unfinished run
     python train.py --resume RUN --test-only               or --predict IMAGE...
-    python train.py --table 3 --seeds 3 --recipe fast      a table of the paper; also --figure 2 or 4
+    python train.py --table 3 --seeds 3 --recipe fast      a table of the paper; also --figure 2, 4
     python train.py --bench --model capnet-em --batch-size 4
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
 
 A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, an entry an
-epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it goes
-on with --resume as if nothing had happened.  runs/results.jsonl collects the results.
+epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
+goes on with --resume as if nothing had happened.  runs/results.jsonl collects the results.
 """
 import argparse
 import ast
@@ -66,6 +66,11 @@ class Diverged(Problem):
     """Training is no longer finite."""
 
 
+def reason(error):
+    """The first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 def say(*words):
     if rank() == 0:
         print(*words, flush=True)
@@ -114,7 +119,7 @@ def assignment(text):
 
 
 def option(default, group, help, *, type=None, free=False, **flag):
-    """A field of Config and its flag.  free: no part of a run's identity, may change on --resume."""
+    """A field of Config and its flag.  free: no part of a run's identity, may change on resume."""
     metadata = dict(group=group, help=help, type=type, free=free, flag=flag)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
@@ -127,25 +132,26 @@ train_option = functools.partial(option, group="optimisation [Sec. 5]")
 run_option = functools.partial(option, group="running", free=True)
 AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-crop test",
            "++": "also flip (not digits), colour jitter 0.2, schedule x 1.5"}
-LOSSES = {"margin": "[Sec. 3.2]", "spread": "margin 0.2 -> 0.9", "spread-fixed": "margin 0.9", "ce": ""}
+LOSSES = ("margin", "spread", "spread-fixed", "ce")
 OPTIMIZERS = ("adam", "rmsprop", "sgd")
 
 
 @dataclasses.dataclass
 class Config:
     dataset: str = data_option("digits", help="see --list", type=one_of(lambda: DATASETS))
-    data_path: str = data_option("data", help="where data sets are, or go", free=True, metavar="DIR")
+    data_path: str = data_option("data", help="where data sets are, or go", free=True,
+                                 metavar="DIR")
     image_size: int = data_option(0, help="side of the images; 0: the data set's", type=number(0))
     train_images: int = data_option(0, help="use only N, always the same; 0: all", type=number(0),
                                     metavar="N")
     test_images: int = data_option(0, help="the same for the test", type=number(0), metavar="N")
     augment: str = data_option("none", type=one_of(lambda: AUGMENT),
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
-    flip: bool = data_option(False, help="mirror training images at random (with ++, unless digits)")
+    flip: bool = data_option(False, help="mirror training images at random (++: yes, digits: no)")
     class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it",
                                   metavar="FILE")
-    unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and report; "
-                                  "trust: do not look beforehand", free=True,
+    unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
+                                  "report; trust: do not look beforehand", free=True,
                                   type=one_of(lambda: ("stop", "skip", "trust")))
     workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
                                free=True, type=number(0))
@@ -156,7 +162,7 @@ class Config:
                              type=one_of(lambda: LOSSES))
     lam: float = model_option(10.0, help="weight of the feedback divergence", type=number(0, float))
     recipe: str = train_option("default", type=one_of(lambda: ("default", "fast")),
-                               help="default: the paper's (digits has its own); fast: for one evening")
+                               help="default: the paper's (digits: its own); fast: for one evening")
     optimizer: str = train_option("adam", help="adam, rmsprop, sgd [Table 5]",
                                   type=one_of(lambda: OPTIMIZERS))
     lr: float = train_option(1e-4, help="learning rate", type=number(0, float))
@@ -174,8 +180,9 @@ class Config:
     compile: bool = run_option(False, help="torch.compile the model")
     channels_last: bool = run_option(False, help="memory format of images and convolutions")
     deterministic: bool = run_option(False, help="bit-exact on a GPU too, slower")
-    output_dir: str = run_option("", help="folder of the run (default: a new one in runs/)", metavar="DIR")
-    resume: str = run_option(None, help="go on with a run: its folder, or the newest unfinished one",
+    output_dir: str = run_option("", help="folder of the run (default: a new one in runs/)",
+                                 metavar="DIR")
+    resume: str = run_option(None, help="go on with a run: its folder, or the newest unfinished",
                              nargs="?", const="newest", metavar="PATH")
     save_every: float = run_option(60.0, help="seconds between checkpoints, 0: every step",
                                    type=number(0, float))
@@ -221,12 +228,12 @@ def make_config(**given):
         config.amp = pick_device(config.device).type == "cuda"
     config.loss = config.loss or ("ce" if has_logits(config.model) else "margin")
     if has_logits(config.model) and config.loss != "ce":
-        raise Problem(f"--loss {config.loss} is for capsule lengths; {config.model} has logits: use ce")
+        raise Problem(f"--loss {config.loss} needs capsule lengths; {config.model} has logits: ce")
     return config
 
 
 def data_name(config):
-    """What tables and folders call the data: a folder by its own name, so cifar10-jpeg is not cifar10."""
+    """The name of the data in tables: a folder's own, so cifar10-jpeg is not taken for cifar10."""
     return Path(config.data_path).resolve().name if config.dataset == "folder" else config.dataset
 
 
@@ -328,18 +335,19 @@ class Split:
             return
         loader = torch.utils.data.DataLoader(
             self.images, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
-            pin_memory=device.type == "cuda")
+            pin_memory=device.type == "cuda", generator=torch.Generator())
         try:
             for images, index in loader:
                 index = index.to(device, non_blocking=True)
                 yield images.to(device, non_blocking=True), self.labels[index], index
         except Problem as error:                          # comes with the worker's traceback
-            raise Problem(str(error).strip().splitlines()[-1].removeprefix("train.Problem: "), 1) from None
+            last = str(error).strip().splitlines()[-1]
+            raise Problem(last.removeprefix("train.Problem: "), 1) from None
 
 
 @dataclasses.dataclass
 class Data:
-    """A data set in memory.   side: of what the model sees;  mean, std: (C,), of training images in [0, 1]"""
+    """A data set.   side: of what the model sees;  mean, std: (C,), of training images in [0, 1]"""
 
     name: str
     classes: list
@@ -355,7 +363,7 @@ class Data:
 
 
 def chosen(n, wanted, what):
-    """Positions of the images that --train-images N or --test-images N keep, the same every time."""
+    """Positions of the images that --train-images, --test-images keep, the same every time."""
     if wanted > n:
         raise Problem(f"--{what}-images {wanted}: there are only {n}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
@@ -379,18 +387,20 @@ def enlarged(side):
 
 def load_digits(config, held):
     counts = (config.train_images or 10000, config.test_images or 2000)
-    return [draw_digits(n, split == "train")[:2] for n, split in zip(counts, ("train", "test"), strict=True)], \
+    return [draw_digits(n, split == "train")[:2]
+            for n, split in zip(counts, ("train", "test"), strict=True)], \
         [str(k) for k in range(10)]
 
 
-TORCHVISION = {   # class, its arguments for training and test, what to fetch by hand and where to put it
-    "mnist": ("MNIST", "the four *-ubyte.gz files of https://ossci-datasets.s3.amazonaws.com/mnist/ "
+TORCHVISION = {   # class; what to fetch by hand and where to put it
+    "mnist": ("MNIST", "the four *-ubyte.gz of https://ossci-datasets.s3.amazonaws.com/mnist/ "
               "in {root}/MNIST/raw"),
-    "fashion-mnist": ("FashionMNIST", "the four *-ubyte.gz files of http://fashion-mnist.s3-website."
+    "fashion-mnist": ("FashionMNIST", "the four *-ubyte.gz of http://fashion-mnist.s3-website."
                       "eu-central-1.amazonaws.com/ in {root}/FashionMNIST/raw"),
     "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {root}"),
     "cifar100": ("CIFAR100", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz in {root}"),
-    "svhn": ("SVHN", "http://ufldl.stanford.edu/housenumbers/train_32x32.mat and test_32x32.mat in {root}"),
+    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat of "
+             "http://ufldl.stanford.edu/housenumbers/ in {root}"),
 }
 
 
@@ -405,16 +415,17 @@ def load_torchvision(config, held):
         try:
             try:
                 part = read()
-            except RuntimeError:                                         # not there, or a wrong checksum
+            except RuntimeError:                          # not there, or a wrong checksum
                 part = read(download=True)
             images = torch.as_tensor(part.data)
             labels = torch.as_tensor(part.labels if name == "SVHN" else part.targets).long()
             if len(images) != len(labels) or not len(images):
                 raise ValueError(f"{len(images)} images, {len(labels)} labels")
-        except Exception as error:                                       # torchvision raises all kinds
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise Problem(f"{config.dataset}: no intact {split} files under {config.data_path}, and no "
-                          f"download ({reason}); put {by_hand.format(root=config.data_path)}") from error
+        except Exception as error:                        # torchvision raises all kinds
+            raise Problem(
+                f"{config.dataset}: no intact {split} files under {config.data_path}, and no "
+                f"download ({reason(error)}); put a fresh copy of "
+                f"{by_hand.format(root=config.data_path)}") from error
         images = images.unsqueeze(1) if images.dim() == 3 else images
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
         keep = chosen(len(images), getattr(config, f"{split}_images"), split)
@@ -423,15 +434,19 @@ def load_torchvision(config, held):
 
 
 def decode(file, side, box=None):
-    """An image file of any mode -> (3, side, side) uint8: [box cut out,] short side resized, centre cropped."""
+    """An image file of any mode -> (3, side, side) uint8: short side resized, centre cropped.
+
+    box: (left, top, right, bottom) to cut out first
+    """
     from PIL import Image, ImageOps
-    Image.MAX_IMAGE_PIXELS = None                                        # our own limit, an error, below
+    Image.MAX_IMAGE_PIXELS = None                         # our own limit, an error, follows
     with Image.open(file) as image:
         if image.width * image.height > HUGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {HUGE_PIXELS:,}")
-        if image.mode.startswith("I"):                                   # 16 bits, whichever way stored
+        if image.mode.startswith("I"):                    # 16 bits, whichever way stored
             image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
-        image = ImageOps.exif_transpose(image).convert("RGBA" if "transparency" in image.info else "RGB")
+        clear = "transparency" in image.info              # a palette with a transparent colour
+        image = ImageOps.exif_transpose(image).convert("RGBA" if clear else "RGB")
         image = image.convert("RGB").crop(box) if box else image.convert("RGB")
     scale = side / min(image.size)
     width, height = (max(side, round(s * scale)) for s in image.size)
@@ -448,7 +463,8 @@ def image_files(root, split, classes=None):
     """The class folders of a split and (path, class) of every image, in the order of names."""
     folder = next((root / name for name in (split, "val") if (root / name).is_dir()), root / split)
     if not folder.is_dir():
-        raise Problem(f"no folder {folder}: images go to {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg")
+        raise Problem(f"no folder {folder}: images go to {root}/train/CLASS/*.jpg "
+                      f"and {root}/test/CLASS/*.jpg")
     found = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     unknown = sorted(set(found) - set(classes or found))
     if unknown:
@@ -464,17 +480,18 @@ def image_files(root, split, classes=None):
 
 
 def read_files(paths, side, attempt, unreadable):
-    """attempt(k) for every file, in threads; -> positions of the readable ones, after a report of the others."""
+    """attempt(k) for every file, in threads -> positions of the readable ones; reports others."""
     def failure(k):
         try:
             attempt(k)
         except Exception as error:
-            return f"{paths[k]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            return f"{paths[k]} ({reason(error)})"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         failures = list(pool.map(failure, range(len(paths))))
     bad = [f for f in failures if f]
     if bad:
-        report = f"{len(bad)} of {len(paths)} images cannot be read: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)}"
+        few = ", ".join(bad[:3]) + ", ..." * (len(bad) > 3)
+        report = f"{len(bad)} of {len(paths)} images cannot be read: {few}"
         if unreadable != "skip" or len(bad) == len(paths):
             raise Problem(f"{report}; mend or remove them, or --unreadable skip")
         say(f"skipped: {report}")
@@ -501,7 +518,8 @@ def load_folder(config, held):
             keep = range(len(paths))
         else:
             say(f"checking {len(paths):,} images of {root / split} (--unreadable trust: do not)")
-            keep = read_files(paths, held, lambda k, images=images: images[k], config.unreadable)
+            keep = read_files(paths, held, lambda k, paths=paths: decode(paths[k], held),
+                              config.unreadable)
             images = Files([paths[k] for k in keep], held)
         splits.append((images, labels[list(keep)]))
     return splits, classes
@@ -511,27 +529,28 @@ H_IMAGENET_IMAGES = {"train": 255_725, "test": 17_101}        # the paper's  [Se
 
 
 def hard_classes(config, root, hardest=200):
-    """The classes on which ResNet-18 errs most: --class-list, or measured once and kept with the data."""
+    """The classes on which ResNet-18 errs most: --class-list, or measured once and kept."""
     file = Path(config.class_list or root / "h-imagenet-classes.txt")
     if not file.exists() and not config.class_list:
         import torchvision.models
         found, files = image_files(root, "test")
         if len(found) != 1000:
-            raise Problem(f"{root}: the 200 hardest classes are chosen among 1000, here are {len(found)}; "
+            raise Problem(f"{root}: the hardest classes are chosen among 1000, not {len(found)}; "
                           "give them with --class-list FILE")
         weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
         try:
             net = torchvision.models.resnet18(weights=weights).eval()
         except (OSError, RuntimeError) as error:
-            raise Problem(f"no ResNet-18 to choose classes with: {error}; download {weights.url} to "
-                          f"{torch.hub.get_dir()}/checkpoints, or give --class-list FILE") from error
+            raise Problem(
+                f"no ResNet-18 to choose classes with: {reason(error)}; download {weights.url} to "
+                f"{torch.hub.get_dir()}/checkpoints, or give --class-list FILE") from error
         right, scale = torch.zeros(1000), weights.transforms()
         images = Files([path for path, _ in files], 256)
         for batch, index in torch.utils.data.DataLoader(images, 64, num_workers=config.workers):
             truth = torch.tensor([found.index(files[k][1]) for k in index.tolist()])
             with torch.no_grad():
                 right.index_add_(0, truth, (net(scale(batch)).argmax(1) == truth).float())
-        number = torch.bincount(torch.tensor([found.index(name) for _, name in files]), minlength=1000)
+        number = torch.bincount(torch.tensor([found.index(name) for _, name in files]))
         worst = (right / number).argsort()[:hardest].tolist()
         write_file(file, "".join(f"{found[k]}\n" for k in sorted(worst)).encode())
     try:
@@ -541,15 +560,17 @@ def hard_classes(config, root, hardest=200):
 
 
 def annotated_boxes(root, padding=0.1):
-    """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's XML annotations."""
+    """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's annotations."""
     from xml.etree import ElementTree
     boxes = {}
     for file in sorted((root / "Annotations").rglob("*.xml")):
         try:
             for box in ElementTree.parse(file).iter("bndbox"):
-                left, top, right, bottom = (int(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+                left, top, right, bottom = (
+                    int(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
                 dx, dy = padding * (right - left), padding * (bottom - top)
-                boxes.setdefault(file.stem, []).append(tuple(map(round, (left - dx, top - dy, right + dx, bottom + dy))))
+                enlarged_box = (left - dx, top - dy, right + dx, bottom + dy)
+                boxes.setdefault(file.stem, []).append(tuple(map(round, enlarged_box)))
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise Problem(f"annotation {file} is damaged: {error}") from error
     return boxes
@@ -564,7 +585,7 @@ def checksum(path):
 
 
 def cached_images(folder, samples, side, config):
-    """Decoded samples [(path, box or None, class)] as a memory-mapped file, written once -> images, samples read."""
+    """Samples [(path, box or None, class)], decoded into a file once -> mapped images, samples."""
     fingerprint = hashlib.sha256(json.dumps([samples, side]).encode()).hexdigest()[:16]
     file = folder / f"{fingerprint}.bin"
     note = file.with_suffix(".json")
@@ -574,13 +595,16 @@ def cached_images(folder, samples, side, config):
             raise Problem(f"{file} is damaged (checksum): delete it and run again")
         samples = [samples[k] for k in about["kept"]] if "kept" in about else samples
         shape = (len(samples), 3, side, side)
-        return torch.from_file(str(file), size=math.prod(shape), dtype=torch.uint8).view(shape), samples
+        return torch.from_file(str(file), size=math.prod(shape), dtype=torch.uint8).view(shape), \
+            samples
     folder.mkdir(exist_ok=True)
     say(f"decoding {len(samples):,} images into {file}")
     shape = (len(samples), 3, side, side)
-    images = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
+    images = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=torch.uint8)
+    images = images.view(shape)
     paths = [path for path, _, _ in samples]
-    kept = read_files(paths, side, lambda k: images[k].copy_(decode(paths[k], side, samples[k][1])), config.unreadable)
+    kept = read_files(paths, side, lambda k: images[k].copy_(decode(paths[k], side, samples[k][1])),
+                      config.unreadable)
     if len(kept) < len(samples):
         return cached_images(folder, [samples[k] for k in kept], side, config)
     write_file(note, json.dumps({"crc": checksum(file), "images": len(samples)}).encode())
@@ -588,19 +612,20 @@ def cached_images(folder, samples, side, config):
 
 
 def load_h_imagenet(config, held):
-    """The paper's subset: hard classes, objects cut out where boxes are given, decoded once.   [Sec. 5, DESIGN 4.10]"""
+    """The paper's subset: hard classes, objects cut out where boxes are given.   [Sec. 5]"""
     root = Path(config.data_path)
     classes, boxes, splits = hard_classes(config, root), annotated_boxes(root), []
     for split in ("train", "test"):
         found, files = image_files(root, split)
         missing = sorted(set(classes) - set(found))
         if missing:
-            raise Problem(f"{root}: no {split} images of {len(missing)} of the classes: {', '.join(missing[:3])}")
+            raise Problem(f"{root}: no {split} images of {len(missing)} classes: {missing[:3]}")
         samples = [(path, box, name) for path, name in files if name in set(classes)
                    for box in boxes.get(Path(path).stem, [None])]
         say(f"h-imagenet: {len(samples):,} {split} images of {len(classes)} classes; the paper has "
             f"{H_IMAGENET_IMAGES[split]:,} of 200")
-        samples = [samples[k] for k in chosen(len(samples), getattr(config, f"{split}_images"), split)]
+        keep = chosen(len(samples), getattr(config, f"{split}_images"), split)
+        samples = [samples[k] for k in keep]
         images, samples = cached_images(root / "h-imagenet-cache", samples, held, config)
         splits.append((images, torch.tensor([classes.index(name) for _, _, name in samples])))
     return splits, classes
@@ -740,9 +765,9 @@ class Source(NamedTuple):
 
 
 DATASETS = {
-    "digits": Source(load_digits, 32, False, "printed digits in the manner of SVHN, drawn on the fly"),
+    "digits": Source(load_digits, 32, False, "printed digits like SVHN's, drawn on the fly"),
     "mnist": Source(load_torchvision, 32, False, "60,000 + 10,000 grey digits, padded to 32x32"),
-    "fashion-mnist": Source(load_torchvision, 32, True, "60,000 + 10,000 grey clothes, padded to 32x32"),
+    "fashion-mnist": Source(load_torchvision, 32, True, "60,000 + 10,000 grey clothes, padded"),
     "cifar10": Source(load_torchvision, 32, True, "50,000 + 10,000 photographs of 10 kinds"),
     "cifar100": Source(load_torchvision, 32, True, "50,000 + 10,000 photographs of 100 kinds"),
     "svhn": Source(load_torchvision, 32, False, "73,257 + 26,032 house numbers"),
@@ -753,14 +778,16 @@ DATASETS = {
 
 
 def load_data(config, device):
-    """The data set of a Config; rank 0 first, which may download.  The last one is kept for the next run."""
-    fields = ("dataset", "data_path", "image_size", "train_images", "test_images", "class_list", "unreadable")
+    """The data set of a Config; rank 0 first, which may download.  The last is kept."""
+    fields = ("dataset", "data_path", "image_size", "train_images", "test_images", "class_list",
+              "unreadable")
     with rank_by_rank():
         return read_data(device, config.augment != "none", *(getattr(config, f) for f in fields))
 
 
 @functools.lru_cache(maxsize=1)
-def read_data(device, augmented, dataset, data_path, side, train_images, test_images, class_list, unreadable):
+def read_data(device, augmented, dataset, data_path, side, train_images, test_images, class_list,
+              unreadable):
     config = Config(dataset, data_path, side, train_images, test_images, class_list=class_list,
                     unreadable=unreadable)
     held = enlarged(side) if augmented or dataset in ("imagenet", "h-imagenet") else side
@@ -777,7 +804,7 @@ def read_data(device, augmented, dataset, data_path, side, train_images, test_im
 
 
 def channel_moments(split, device):
-    """Mean and deviation of each channel over training images in [0, 1]; big sets: over 2,000 of them."""
+    """Mean and deviation of each channel of training images in [0, 1]; of 2,000 of a big set."""
     every = 1 if isinstance(split.images, Tensor) else math.ceil(len(split) / 2000)
     chunks = torch.arange(0, len(split), every, device=device).split(500)
     totals = [torch.stack([torch.ones_like(x.mean((0, 2, 3))) * x[:, 0].numel(), x.sum((0, 2, 3)),
@@ -795,13 +822,13 @@ def channel_moments(split, device):
 
 
 def shuffle(n, seed, epoch):
-    """The order of an epoch (n,) and seven uniform numbers for each image (n, 7), on any device the same."""
+    """The order of an epoch (n,) and seven uniform numbers an image (n, 7)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator), torch.rand(n, 7, generator=generator)
 
 
 def crop(images, top, left, side, mirror=None):
-    """Cut (B, C, side, side) out of (B, C, R, R), each image at its own place and mirrored or not; top, left (B,)."""
+    """Cut (B, C, side, side) out of (B, C, R, R), each at its place, mirrored or not (B,)."""
     steps = torch.arange(side, device=images.device)
     rows, columns = top[:, None] + steps, left[:, None] + steps          # (B, side)
     if mirror is not None:
@@ -839,13 +866,13 @@ def colour_jitter(x, brightness, contrast, saturation, hue):
     """Images in [0, 1] and one factor (B,) an image each, applied in this order."""
     x = blend(x, torch.zeros_like(x), brightness)
     x = blend(x, grey(x).mean((1, 2, 3), keepdim=True), contrast)
-    if x.shape[1] == 1:                                                  # grey has no colour to change
+    if x.shape[1] == 1:                                   # grey has no colour to change
         return x
     return shift_hue(blend(x, grey(x), saturation), hue)
 
 
 def augmented(images, draws, side, augment, flip):
-    """Training images (B, C, R, R) uint8 and their draws (B, 7) in [0, 1) -> (B, C, side, side) in [0, 1]."""
+    """Images (B, C, R, R) uint8 and draws (B, 7) in [0, 1) -> (B, C, side, side) in [0, 1]."""
     room = images.shape[-1] - side
     place = (draws[:, :2] * (room + 1)).long()                           # anywhere
     if augment == "none":
@@ -901,13 +928,14 @@ def rank_by_rank():
 
 def pick_device(name):
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        device = torch.device(name)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Problem(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise Problem(f"--device {name}: {reason(error)}") from error
 
 
 def restarts():
@@ -916,19 +944,21 @@ def restarts():
 
 
 def join_processes(backend):
-    """As init_process_group, but a restart does not find the addresses of the processes before it."""
+    """init_process_group, but a restart does not find the addresses of the processes before it."""
     from torch.distributed.rendezvous import rendezvous
     store, rank, world = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{restarts()}", store), rank=rank,
+    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{restarts()}", store),
+                            rank=rank,
                             world_size=world)
 
 
 def start(config):
-    """Device, process group and seeds of a run -> device."""
+    """Device and process group of a run -> device."""
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not config.deterministic
+        tf32 = not config.deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -937,7 +967,6 @@ def start(config):
         join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if config.batch_size % world():
         raise Problem(f"--batch-size {config.batch_size} does not divide among {world()} processes")
-    torch.manual_seed(config.seed)
     return device
 
 
@@ -993,7 +1022,7 @@ def wrapped(net, config, device):
 
 
 def agreed(number):
-    """The largest number that any process brings: a signal caught by one stops all on the same step."""
+    """The largest number any process brings: one that is to stop stops all on the same step."""
     if world() == 1:
         return number
     ballot = torch.tensor(number)
@@ -1013,17 +1042,17 @@ class Run:
     config: Config
     data: Data
     device: torch.device
-    folder: Path
     net: nn.Module                 # the network
     model: nn.Module               # the network as called in training: distributed, compiled
     optimizer: torch.optim.Optimizer
-    signals: list                  # caught, to act on after the step
     header: dict                   # first line of the log
+    folder: Path = None
+    signals: list = ()             # caught, to act on after the step
     saved: float = 0.0             # when
     # --------------------------------------------------------------------------------------------
     epoch: int = 0                 # completed
     step: int = 0                  # completed in this epoch
-    totals: Tensor = None          # sums over this epoch's steps: 1, loss, feedback, part of wrong answers
+    totals: Tensor = None          # sums over steps: 1, loss, feedback, part of wrong answers
     history: list = dataclasses.field(default_factory=list)     # an entry an epoch
     seconds: float = 0.0           # spent on it so far
     moments: list = dataclasses.field(default_factory=list)     # Figure 2's, of routed networks
@@ -1047,7 +1076,7 @@ def learning_rate(config, epoch, progress):
     """Of a step in this epoch, at this part in [0, 1) of the run."""
     if config.schedule == "steps":
         return config.lr * config.gamma ** sum(epoch >= m for m in config.milestones)
-    rise = 0.2                                            # one cycle: up in a line, down in a cosine
+    rise = 0.2                                            # one cycle: up a line, down a cosine
     if progress < rise:
         return config.lr * (0.04 + 0.96 * progress / rise)
     return config.lr * max(1e-3, 0.5 + 0.5 * math.cos(math.pi * (progress - rise) / (1 - rise)))
@@ -1063,12 +1092,13 @@ def make_optimizer(config, parameters, device):
 
 
 def classification_loss(config, scores, labels, progress):
-    """margin, spread (margin annealed 0.2 -> 0.9, or fixed), or cross entropy; scalar mean over the batch."""
+    """margin, spread (m annealed 0.2 -> 0.9, or fixed) or cross entropy, mean over the batch."""
     if config.loss == "ce":
         return F.cross_entropy(scores, labels)
     if config.loss == "margin":
         return encapnet.margin_loss(scores, labels)
-    return encapnet.spread_loss(scores, labels, 0.9 if config.loss == "spread-fixed" else 0.2 + 0.7 * progress)
+    margin = 0.9 if config.loss == "spread-fixed" else 0.2 + 0.7 * progress
+    return encapnet.spread_loss(scores, labels, margin)
 
 
 def call(model, config, x):
@@ -1081,7 +1111,7 @@ def call(model, config, x):
 
 
 def train_step(run, images, labels, draws, tick=lambda part: None):
-    """One update; -> loss, feedback divergence and wrong answers of this batch, still on the device.
+    """One update -> loss, feedback divergence and wrong answers of this batch, on the device.
 
     tick("data"), then "forward", "backward", "optimizer": called after each part, for --bench
     """
@@ -1106,7 +1136,7 @@ def train_epoch(run, bar):
     config, split = run.config, run.data.train
     order, draws = (t.to(run.device) for t in shuffle(len(split), config.seed, run.epoch))
     chunks = [order[k * run.batch:(k + 1) * run.batch][rank()::world()] for k in range(run.steps)]
-    bad = torch.full((2,), -1, device=run.device)          # first step with a non-finite loss, feedback
+    bad = torch.full((2,), -1, device=run.device)         # first step with a bad loss, feedback
     run.net.train()
     for images, labels, index in split.batches(chunks[run.step:], run.device, config.workers):
         loss, feedback, wrong = train_step(run, images, labels, draws[index])
@@ -1122,13 +1152,15 @@ def train_epoch(run, bar):
         if caught:
             save(run, bad)
         if caught > 1:
-            raise Problem(f"stopped by {signal.Signals(caught).name} after epoch {run.epoch}, step {run.step}"
+            raise Problem(f"stopped by {signal.Signals(caught).name} in epoch {run.epoch + 1}, "
+                          f"after step {run.step}"
                           f"; go on with: python train.py --resume {run.folder}", 128 + caught)
 
 
 def check_finite(run, bad=None):
     """Stop before a NaN reaches a checkpoint, and name the step and the culprit."""
-    losses = {} if bad is None else dict(zip(("the loss", "the feedback"), bad.tolist(), strict=True))
+    names = ("the loss", "the feedback")
+    losses = {} if bad is None else dict(zip(names, bad.tolist(), strict=True))
     losses = {name: step for name, step in losses.items() if step >= 0}
     where = f"epoch {run.epoch + 1}, step"
     hint = f"the last good checkpoint is in {run.folder}; a smaller --lr may help"
@@ -1138,13 +1170,15 @@ def check_finite(run, bad=None):
         culprit = min(losses, key=losses.get)
         raise Diverged(f"{where} {losses[culprit]}: {culprit} is not finite; {hint}", 1)
     if losses or not finite.all():
-        name = next((n for n, ok in zip(state, finite.tolist(), strict=True) if not ok), "loss and feedback")
-        raise Diverged(f"{where} {min(losses.values(), default=run.step)}: {name} is not finite; {hint}", 1)
+        name = next((n for n, ok in zip(state, finite.tolist(), strict=True) if not ok),
+                    "loss and feedback")
+        step = min(losses.values(), default=run.step)
+        raise Diverged(f"{where} {step}: {name} is not finite; {hint}", 1)
 
 
 @torch.no_grad()
 def evaluate(run, multi_crop=False):
-    """Errors in % over the whole test set, every image counted once whatever the number of processes.
+    """Errors in % over the whole test set, each image counted once however many the processes.
 
     -> {"error": top-1, "top5_error":, "images": their number}
     """
@@ -1152,10 +1186,11 @@ def evaluate(run, multi_crop=False):
     mine = torch.arange(rank(), len(data.test), world(), device=run.device)
     hits = torch.zeros(3, dtype=torch.long, device=run.device)           # top-1, top-5, images
     run.net.eval()
-    for images, labels, _ in data.test.batches(mine.split(run.config.batch_size), run.device, run.config.workers):
+    chunks = mine.split(run.config.batch_size)
+    for images, labels, _ in data.test.batches(chunks, run.device, run.config.workers):
         views = [normalised(x, data) for x in test_views(images, data.side, multi_crop, mirror)]
-        scores = sum(call(run.net, run.config, x)[0] for x in views) if not run.net.logits else \
-            sum(call(run.net, run.config, x)[0].softmax(1) for x in views)
+        scores = [call(run.net, run.config, x)[0] for x in views]
+        scores = sum(s.softmax(1) if run.net.logits else s for s in scores)
         right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
         hits += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
     if world() > 1:
@@ -1166,12 +1201,13 @@ def evaluate(run, multi_crop=False):
 
 @torch.no_grad()
 def agreement(net, x, labels, bins=20):
-    """Cosine between the true class's capsule v_j and each of its votes, in the last routed layer.  [Fig. 2]
+    """Cosine of the true class's capsule v_j and its votes, in the last routed layer.   [Fig. 2]
 
     -> {"percent": of the votes in each of `bins` bins over [-1, 1], "length": their mean length}
     """
     seen = []
-    hook = net.routed[-1].register_forward_hook(lambda layer, given, out: seen.append((given[0], out)))
+    hook = net.routed[-1].register_forward_hook(
+        lambda layer, given, out: seen.append((given[0], out)))
     net.eval()(x)
     hook.remove()
     u, v = seen[0][0], seen[0][1] if isinstance(seen[0][1], Tensor) else seen[0][1][0]
@@ -1181,7 +1217,8 @@ def agreement(net, x, labels, bins=20):
     place = ((cosine + 1) / 2 * bins).long().clamp(0, bins - 1).flatten().cpu()
     count = torch.bincount(place, minlength=bins).double()
     length = torch.bincount(place, votes.norm(dim=-1).flatten().double().cpu(), minlength=bins)
-    return {"percent": (100 * count / count.sum()).tolist(), "length": (length / count.clamp(min=1)).tolist()}
+    return {"percent": (100 * count / count.sum()).tolist(),
+            "length": (length / count.clamp(min=1)).tolist()}
 
 
 class Bar:
@@ -1219,7 +1256,7 @@ SAVED = ("epoch", "step", "totals", "history", "seconds", "moments", "header")
 
 
 def write_file(path, content, keep=None):
-    """Replace path by content, or leave it as it was; the content before goes to `keep`.  Survives a power cut."""
+    """Replace path by content or leave it as it was, come what may; the old goes to `keep`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1235,7 +1272,8 @@ def write_file(path, content, keep=None):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise Problem(f"cannot write {path}: {error.strerror}; what was saved before is intact", 1) from error
+        raise Problem(f"cannot write {path}: {error.strerror}; what was saved before is intact",
+                      1) from error
 
 
 def due(run):
@@ -1250,13 +1288,14 @@ def average_totals(run):
 
 
 def save(run, bad=None):
-    """Write the checkpoint, unless it holds a NaN; the one before stays as previous.pt.  All processes call it."""
+    """Write the checkpoint unless it holds a NaN; keep the last one.  All processes call it."""
     average_totals(run)
     if rank() == 0:
         check_finite(run, bad)
         data = run.data
         state = {"config": {**dataclasses.asdict(run.config), "resume": None},
-                 "data": {"name": data.name, "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu()},
+                 "data": {"name": data.name, "classes": data.classes, "mean": data.mean.cpu(),
+                          "std": data.std.cpu()},
                  "net": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
                  "rng": torch.get_rng_state(), **{name: getattr(run, name) for name in SAVED}}
         if run.device.type == "cuda":
@@ -1274,7 +1313,8 @@ def read_checkpoint(path):
             if file.testzip():
                 raise ValueError("a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not {"config", "data", "net", "optimizer", *SAVED} <= set(state):
+        needed = {"config", "data", "net", "optimizer", *SAVED}
+        if not isinstance(state, dict) or not needed <= set(state):
             raise ValueError("not written by train.py")
         Config(**state["config"])
         return state
@@ -1283,8 +1323,7 @@ def read_checkpoint(path):
     except pickle.UnpicklingError:
         raise Problem(f"{path} is refused: it holds more than tensors and plain values") from None
     except Exception as error:                            # a damaged file can raise anything
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:120]
-        raise Problem(f"{path} is damaged or no checkpoint of train.py ({reason})") from error
+        raise Problem(f"{path} is damaged or not train.py's ({reason(error)})") from error
 
 
 def run_folder(path):
@@ -1294,7 +1333,7 @@ def run_folder(path):
 
 
 def load_checkpoint(path, mend=False):
-    """last.pt of a run's folder, or if that is damaged the one before, and says so; or a file of any name.
+    """last.pt of a run's folder, or if that is damaged the one before, and says so; or any file.
 
     mend: put a damaged last.pt aside, lest the next save make it previous.pt
     """
@@ -1307,7 +1346,8 @@ def load_checkpoint(path, mend=False):
             try:
                 state = read_checkpoint(folder / name)
                 if complaints:
-                    say(f"{complaints[0]}: using {folder / name}, of epoch {state['epoch']}, step {state['step']}")
+                    say(f"{complaints[0]}: using {folder / name}, of epoch {state['epoch']}, "
+                        f"step {state['step']}")
                 if complaints and mend and rank() == 0:
                     os.replace(folder / "last.pt", folder / "last.damaged")
                 return state
@@ -1320,13 +1360,14 @@ def restore(run, state):
     """Bring a fresh run to where a checkpoint of the same configuration left off."""
     ours, theirs = identity(run.config), identity(Config(**state["config"]))
     theirs["dataset"] = state["data"]["name"]
-    changed = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+    changed = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
+               if ours[name] != theirs[name]]
     then, now = state["config"]["epochs"], run.config.epochs
     if now < state["epoch"] or (now != then and run.config.schedule == "one-cycle"):
         changed.append(f"epochs {then!r} -> {now!r}")
     if changed:
-        raise Problem(f"{run.folder} was trained otherwise ({'; '.join(changed)}); only --epochs may grow, "
-                      "with --schedule steps")
+        raise Problem(f"{run.folder} was trained otherwise ({'; '.join(changed)}); only "
+                      "--epochs may grow, with --schedule steps")
     try:
         if state["data"]["classes"] != run.data.classes:
             raise ValueError("other classes")
@@ -1340,7 +1381,7 @@ def restore(run, state):
         if run.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], run.device)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Problem(f"{run.folder}: the checkpoint does not fit ({str(error).splitlines()[0]})") from error
+        raise Problem(f"{run.folder}: the checkpoint does not fit ({reason(error)})") from error
 
 
 def plain_names(state):
@@ -1349,15 +1390,16 @@ def plain_names(state):
 
 
 def write_log(run, *more):
-    """log.jsonl anew: the header and an entry an epoch; replaced whole, so readable after any kill."""
+    """log.jsonl anew, header and an entry an epoch: replaced whole, so readable after any kill."""
     if rank() == 0:
         lines = [run.header, *run.history, *more]
-        write_file(run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_file(run.folder / "log.jsonl", text.encode())
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Refuse a folder that another process works in; the kernel lets go of the lock when that one dies."""
+    """Refuse a folder that another process works in; the kernel unlocks when that one dies."""
     if rank() > 0:
         yield
         return
@@ -1381,11 +1423,11 @@ def locked(folder):
 
 @contextlib.contextmanager
 def caught_signals():
-    """SIGTERM and SIGINT collect in a list instead of killing; another one a second later does kill."""
+    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
     signals, first = [], []
 
     def handler(number, frame):
-        if signals and time.time() - first[0] > 1:        # torchrun forwards what a terminal sent already
+        if signals and time.time() - first[0] > 1:        # torchrun repeats what a terminal sent
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         first.append(time.time())
@@ -1403,7 +1445,7 @@ def caught_signals():
 
 
 def newest(wanted, finished=False):
-    """The newest run in runs/ whose Config has the wanted fields, finished or not as asked, or None."""
+    """The newest run in runs/ whose Config has the wanted fields, finished or not as asked."""
     for log in sorted(RUNS.glob("*/log.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             config = json.loads(log.open().readline())["config"]
@@ -1413,21 +1455,23 @@ def newest(wanted, finished=False):
     return None
 
 
-def new_folder(config):
-    """The run's own folder: --output-dir, refused if it holds a run, or the next number in runs/."""
-    if not config.output_dir:
-        for k in itertools.count():
-            folder = RUNS / f"{data_name(config)}-{config.model}-{k}"
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                return folder
-    folder = Path(config.output_dir)
+def check_free(folder):
+    """Refuse to start anew where a run is."""
     if (folder / "result.json").exists():
-        raise Problem(f"{folder} holds a finished run: choose another --output-dir, or train it longer with "
+        raise Problem(f"{folder} holds a finished run: choose another --output-dir, or train on: "
                       f"--resume {folder} --epochs N")
     if (folder / "last.pt").exists() or (folder / "previous.pt").exists():
-        raise Problem(f"{folder} holds an unfinished run: go on with --resume {folder}, or choose another folder")
-    return folder
+        raise Problem(f"{folder} holds an unfinished run: go on with --resume {folder}, or choose "
+                      "another --output-dir")
+
+
+def numbered_folder(config):
+    """The next free one of runs/DATASET-MODEL-0, -1, ..."""
+    for k in itertools.count():
+        folder = RUNS / f"{data_name(config)}-{config.model}-{k}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1441,47 +1485,57 @@ def environment(device):
                          capture_output=True, text=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{device.type.upper()}, {torch.get_num_threads()} threads"
-    return {"device": name, "processes": world(), "torch": str(torch.__version__), "python": platform.python_version(),
+    return {"device": name, "processes": world(), "torch": str(torch.__version__),
+            "python": platform.python_version(),
             "commit": git.stdout.strip() or None,
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
 
 
-def build_run(config, data, device, folder=None, signals=()):
+def build_run(config, data, device):
     """A network with all that its training needs, before the first step."""
+    torch.manual_seed(config.seed)
     net = make_model(config, len(data.classes), data.channels).to(device)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     net = synchronised(net, device)
     optimizer = make_optimizer(config, net.parameters(), device)
-    totals = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    double = torch.float32 if device.type == "mps" else torch.float64
+    totals = torch.zeros(4, dtype=double, device=device)
     header = {"config": dataclasses.asdict(config), "environment": environment(device)}
-    return Run(config, data, device, folder, net, wrapped(net, config, device), optimizer, signals, header, totals=totals)
+    return Run(config, data, device, net, wrapped(net, config, device), optimizer, header,
+               totals=totals)
 
 
-def begin(config, data, device, folder, signals):
-    """A run at its start, or where its checkpoint left it."""
-    run = build_run(config, data, device, folder, signals)
-    if config.resume:
-        restore(run, load_checkpoint(config.resume, mend=True))
-        if rank() == 0 and run.epoch < config.epochs:
-            (folder / "result.json").unlink(missing_ok=True)
-        say(f"{folder}: going on after epoch {run.epoch}, step {run.step}")
+def begin(run):
+    """Bring a run to its start, or to where its checkpoint left it."""
+    if run.config.resume:
+        restore(run, load_checkpoint(run.config.resume, mend=True))
+        if rank() == 0 and run.epoch < run.config.epochs:
+            (run.folder / "result.json").unlink(missing_ok=True)
+        say(f"{run.folder}: going on after epoch {run.epoch}, step {run.step}")
     else:
         look_at_routing(run)
         save(run)
     run.saved = time.time()
     write_log(run)
-    return run
 
 
 def look_at_routing(run):
-    """Record the agreement of votes at four moments: before training, after 10 %, 40 % and all of it.  [Fig. 2]"""
+    """Record the agreement of votes before training, after 10 %, 40 % and all of it.   [Fig. 2]"""
     moments = {math.ceil(part * run.config.epochs) for part in (0, 0.1, 0.4, 1)}
     if hasattr(run.net, "routed") and run.epoch in moments:
         index = torch.arange(min(64, len(run.data.test)), device=run.device)
         images, labels, _ = next(run.data.test.batches([index], run.device))
         x = normalised(next(test_views(images, run.data.side, False, False)), run.data)
         run.moments.append({"epoch": run.epoch, **agreement(run.net, x, labels)})
+
+
+def introduce(run):
+    data, config = run.data, run.config
+    weights = sum(p.numel() for p in run.net.parameters())
+    say(f"{data.name}: {len(data.train):,} + {len(data.test):,} images, {len(data.classes)} "
+        f"classes; {config.model}: {weights:,} parameters; {config.epochs} epochs, "
+        f"recipe {config.recipe}, on {environment(run.device)['device']}; {run.folder}")
 
 
 def finish_epoch(run, since, images):
@@ -1494,12 +1548,14 @@ def finish_epoch(run, since, images):
     run.epoch, run.step = run.epoch + 1, 0
     run.totals.zero_()
     entry = {"epoch": run.epoch, "lr": lr, "loss": loss / n, "feedback": feedback / n,
-             "train_error": 100 * wrong / n, "test_error": test["error"], "test_top5_error": test["top5_error"],
+             "train_error": 100 * wrong / n, "test_error": test["error"],
+             "test_top5_error": test["top5_error"],
              "time": {"seconds": run.seconds, "images_per_second": images}}
     run.history.append(entry)
     look_at_routing(run)
     left = run.seconds / run.epoch * (run.config.epochs - run.epoch)
-    say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss / n:.4f}  feedback {feedback / n:.4f}  "
+    say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss / n:.4f}  "
+        f"feedback {feedback / n:.4f}  "
         f"error: train {entry['train_error']:5.2f} %  test {entry['test_error']:5.2f} %  "
         f"{images:,.0f} images/s  {clock(left)} left")
     if agreed(int(run.epoch == run.config.epochs or due(run))):
@@ -1516,13 +1572,16 @@ def finish(run):
     best = min(run.history, key=lambda e: e["test_error"], default={})
     result = {
         "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
-        "epochs": config.epochs, "key": config_key(config), "outcome": "ok", **test, "multi_crop": multi_crop,
-        "train_error": last.get("train_error"), "loss": last.get("loss"), "feedback": last.get("feedback"),
+        "epochs": config.epochs, "key": config_key(config), "outcome": "ok", **test,
+        "multi_crop": multi_crop,
+        **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
         "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
-        "parameters": sum(p.numel() for p in run.net.parameters()), "seconds": round(run.seconds, 1),
+        "parameters": sum(p.numel() for p in run.net.parameters()),
+        "seconds": round(run.seconds, 1),
         "folder": str(run.folder), "config": run.header["config"] | {"epochs": config.epochs},
         "environment": run.header["environment"],
-        "curves": {k: [e[k] for e in run.history] for k in ("loss", "feedback", "train_error", "test_error")},
+        "curves": {k: [e[k] for e in run.history]
+                   for k in ("loss", "feedback", "train_error", "test_error")},
         "moments": run.moments, "date": time.strftime("%Y-%m-%d %H:%M"),
     }
     if last and last["train_error"] > 0.95 * chance:
@@ -1553,33 +1612,36 @@ def fit(config):
     """Train as the Config says, from the start or from config.resume -> the result, plain types."""
     device = start(config)
     if restarts() and not config.resume:
-        before = config.output_dir if config.output_dir and Path(config.output_dir, "last.pt").exists() \
-            else newest(identity_fields(config))
+        before = newest(identity_fields(config)) if not config.output_dir else \
+            config.output_dir if Path(config.output_dir, "last.pt").exists() else None
         config = dataclasses.replace(config, resume=shared(before and str(before)))
-    folder = run_folder(config.resume) if config.resume else \
-        Path(shared(str(new_folder(config)) if rank() == 0 else None))
-    with locked(folder), caught_signals() as signals:
-        data = load_data(config, device)
-        run = begin(config, data, device, folder, signals)
+    if config.output_dir and not config.resume and rank() == 0:
+        check_free(Path(config.output_dir))
+    run = build_run(config, load_data(config, device), device)
+    folder = config.resume or config.output_dir or shared(
+        str(numbered_folder(config)) if rank() == 0 else None)
+    run.folder = folder = run_folder(folder)
+    with locked(folder), caught_signals() as run.signals:
+        begin(run)
         if config.resume and (folder / "result.json").exists():
             say(f"{folder} is already finished")
             return json.loads((folder / "result.json").read_text())
-        say(f"{data.name}: {len(data.train):,} + {len(data.test):,} images, {len(data.classes)} classes; {config.model}: "
-            f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {config.epochs} epochs, recipe "
-            f"{config.recipe}, on {run.header['environment']['device']}; {folder}")
+        introduce(run)
         while run.epoch < config.epochs:
             since, first, bar = time.time(), run.step, Bar(run)
             try:
                 train_epoch(run, bar)
             finally:
                 bar.close()
-            finish_epoch(run, since, (run.steps - first) * run.batch / max(1e-9, time.time() - since))
+            speed = (run.steps - first) * run.batch / max(1e-9, time.time() - since)
+            finish_epoch(run, since, speed)
         return finish(run)
 
 
 def identity_fields(config):
     """The fields that must agree for a run to be this run."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if not f.metadata["free"]}
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
+            if not f.metadata["free"]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1588,12 +1650,12 @@ def identity_fields(config):
 
 
 class Part(NamedTuple):
-    """A table, or one of its blocks: base, columns and rows are changes to Config, a cell is all three."""
+    """A table or a block of it: base, columns and rows are changes to Config, a cell all three."""
 
     title: str
     base: dict
     columns: dict          # name: changes
-    rows: list             # (name, changes, {column: the paper's error in %});  changes None: quoted there
+    rows: list             # (name, changes, {column: the paper's error in %});  None: quoted there
     own_data: bool = False           # stays on its data set when --dataset asks for another
 
 
@@ -1602,11 +1664,12 @@ def use(name, **keywords):
 
 
 CIFAR10, MNIST = dict(dataset="cifar10"), dict(dataset="mnist")
-DEEP = dict(feedback=0, coefficients="both", skip="both")               # Table 3's EncapNet without a unit
+SETS = ("cifar10", "cifar100", "svhn")
+DEEP = dict(feedback=0, coefficients="both", skip="both")    # Table 3's EncapNet without a unit
 
 TABLES = {
     1: [Part("six-layer networks", {}, {"CIFAR-10": CIFAR10, "MNIST": MNIST}, [
-        # "cost": the paper's Mb of parameters, MB of memory at this batch, seconds a batch on a Titan X
+        # "cost": the paper's Mb of parameters, MB of memory at this batch, s a batch on a Titan X
         ("(a) CapNet, dynamic", use("capnet-dynamic"),
          {"CIFAR-10": 14.28, "MNIST": 0.37, "cost": (151.24, 3961, 8, 0.444)}),
         ("(b) CapNet, EM", use("capnet-em"),
@@ -1621,17 +1684,23 @@ TABLES = {
          {"CIFAR-10": 11.93, "MNIST": 0.25, "cost": (60.68, 1755, 128, 0.061)}),
     ])],
     3: [Part("capConv design", CIFAR10, {"EncapNet": use("encapnet")}, [
-        ("(1) master (baseline)", dict(set=dict(DEEP, coefficients=None, skip=None)), {"EncapNet": 9.83}),
-        ("(2) master/aide v1", dict(set=dict(DEEP, coefficients="own", skip=None)), {"EncapNet": 8.05}),
-        ("(3) master/aide v2", dict(set=dict(DEEP, coefficients="cross", skip=None)), {"EncapNet": 9.11}),
+        ("(1) master (baseline)", dict(set=dict(DEEP, coefficients=None, skip=None)),
+         {"EncapNet": 9.83}),
+        ("(2) master/aide v1", dict(set=dict(DEEP, coefficients="own", skip=None)),
+         {"EncapNet": 8.05}),
+        ("(3) master/aide v2", dict(set=dict(DEEP, coefficients="cross", skip=None)),
+         {"EncapNet": 9.11}),
         ("(4) master/aide v3", dict(set=dict(DEEP, skip=None)), {"EncapNet": 7.41}),
         ("(5) skip on Type I", dict(set=dict(DEEP, skip="I")), {"EncapNet": 6.81}),
         ("(6) skip on Type II", dict(set=dict(DEEP, skip="II")), {"EncapNet": 6.75}),
         ("(7) skip both", dict(set=DEEP), {"EncapNet": 5.82}),
         ("(8) two OTs", dict(set=dict(DEEP, feedback=2)), {"EncapNet": 4.55}),
-    ]), Part("regularization", CIFAR10, {"EncapNet": use("encapnet", **DEEP), "ResNet": use("resnet18")}, [
-        ("(a) capConv block (baseline)", dict(set=dict(feedback=0)), {"EncapNet": 5.82, "ResNet": 8.03}),
-        ("(b) KL loss", dict(set=dict(feedback=1, divergence="kl")), {"EncapNet": 5.31, "ResNet": 7.72}),
+    ]), Part("regularization", CIFAR10,
+             {"EncapNet": use("encapnet", **DEEP), "ResNet": use("resnet18")}, [
+        ("(a) capConv block (baseline)", dict(set=dict(feedback=0)),
+         {"EncapNet": 5.82, "ResNet": 8.03}),
+        ("(b) KL loss", dict(set=dict(feedback=1, divergence="kl")),
+         {"EncapNet": 5.31, "ResNet": 7.72}),
         ("(c) OT loss", dict(set=dict(feedback=1)), {"EncapNet": 4.58, "ResNet": 7.67}),
         ("(d1) remove bias fix", dict(set=dict(feedback=1, bias_fix=False)), {"EncapNet": 4.71}),
         ("(d2) do BP in P_L", dict(set=dict(feedback=1, plan_grad=True)), {"EncapNet": 4.77}),
@@ -1639,27 +1708,37 @@ TABLES = {
         ("(d4) use vanilla g", dict(set=dict(feedback=1, generator="vanilla")), {"EncapNet": 5.01}),
         ("(d5) use l2 in Q", dict(set=dict(feedback=1, cost="l2")), {"EncapNet": 4.90}),
     ])],
-    4: [Part("comparison; the paper's mean ± std: ++ on CIFAR-10 3.56 ± 0.12 and SVHN 1.87 ± 0.11, + on "
+    4: [Part("comparison; the paper's mean ± std: ++ on CIFAR-10 3.56 ± 0.12 and SVHN 1.87 ± 0.11, "
+             "+ on "
              "CIFAR-100 24.85 ± 0.11", use("encapnet"),
-             {"CIFAR-10": CIFAR10, "CIFAR-100": dict(dataset="cifar100"), "SVHN": dict(dataset="svhn")},
-             [(f"EncapNet{a}", dict(augment=a or "none"), dict(zip(("CIFAR-10", "CIFAR-100", "SVHN"), p, strict=True)))
-              for a, p in (("", (4.55, 26.77, 2.01)), ("+", (3.13, 24.01, 1.64)), ("++", (3.10, 24.18, 1.52)))]
-             + [(name, None, dict(zip(("CIFAR-10", "CIFAR-100", "SVHN"), p, strict=True))) for name, *p in (
-                 ("GoodInit", 5.84, 27.66, None), ("BayesNet", 6.37, 27.40, None), ("ResNet", 6.43, None, None),
-                 ("ELU", 6.55, 24.28, None), ("Batch NIN", 6.75, 28.86, 1.81), ("Rec-CNN", 7.09, 31.75, 1.77),
-                 ("Piecewise", 7.51, 30.83, None), ("DSN", 8.22, 34.57, 1.92), ("NIN", 8.80, 35.68, 2.35),
-                 ("dasNet", 9.22, 33.78, None), ("Maxout", 9.35, 38.57, 2.47), ("AlexNet", 11.00, None, None))]),
+             {name: dict(dataset=name) for name in SETS},
+             [(f"EncapNet{a}", dict(augment=a or "none"), dict(zip(SETS, p, strict=True)))
+              for a, *p in (("", 4.55, 26.77, 2.01), ("+", 3.13, 24.01, 1.64),
+                            ("++", 3.10, 24.18, 1.52))]
+             + [(name, None, dict(zip(SETS, p, strict=True))) for name, *p in (
+                 ("GoodInit", 5.84, 27.66, None), ("BayesNet", 6.37, 27.40, None),
+                 ("ResNet", 6.43, None, None),
+                 ("ELU", 6.55, 24.28, None), ("Batch NIN", 6.75, 28.86, 1.81),
+                 ("Rec-CNN", 7.09, 31.75, 1.77),
+                 ("Piecewise", 7.51, 30.83, None), ("DSN", 8.22, 34.57, 1.92),
+                 ("NIN", 8.80, 35.68, 2.35),
+                 ("dasNet", 9.22, 33.78, None), ("Maxout", 9.35, 38.57, 2.47),
+                 ("AlexNet", 11.00, None, None))]),
         Part("h-ImageNet, top-1", dict(dataset="h-imagenet"), {"h-ImageNet": {}}, [
             (name, dict(model=model, image_size=side, augment=augment), {"h-ImageNet": error})
             for name, model, side, augment, error in (
-                ("EncapNet v1", "encapnet", 128, "none", 48.23), ("EncapNet v2", "encapnet-v2", 128, "none", 43.15),
-                ("EncapNet v3", "encapnet-v3", 224, "none", 42.76), ("EncapNet v3+", "encapnet-v3", 224, "+", 40.18),
-                ("EncapNet v3++", "encapnet-v3", 224, "++", 40.05), ("WRN", "wide_resnet101_2", 224, "++", 42.51),
+                ("EncapNet v1", "encapnet", 128, "none", 48.23),
+                ("EncapNet v2", "encapnet-v2", 128, "none", 43.15),
+                ("EncapNet v3", "encapnet-v3", 224, "none", 42.76),
+                ("EncapNet v3+", "encapnet-v3", 224, "+", 40.18),
+                ("EncapNet v3++", "encapnet-v3", 224, "++", 40.05),
+                ("WRN", "wide_resnet101_2", 224, "++", 42.51),
                 ("ResNet-101", "resnet101", 224, "++", 44.13), ("VGG", "vgg16", 224, "++", 55.76),
                 ("GoogleNet", "googlenet", 224, "++", 60.18))], own_data=True),
         Part("complete ImageNet, top-5", dict(dataset="imagenet", augment="++"), {"ImageNet": {}}, [
-            ("EncapNet-18", use("encapnet"), {"ImageNet": 7.51}), ("GoogleNet", use("googlenet"), {"ImageNet": 7.89}),
-            ("VGG", use("vgg16"), {"ImageNet": 8.43}), ("ResNet-101", use("resnet101"), {"ImageNet": 6.21})],
+            (name, use(model), {"ImageNet": error}) for name, model, error in (
+                ("EncapNet-18", "encapnet", 7.51), ("GoogleNet", "googlenet", 7.89),
+                ("VGG", "vgg16", 8.43), ("ResNet-101", "resnet101", 6.21))],
             own_data=True)],
     5: [Part("routing iterations, CapNet (dynamic)", CIFAR10, {"CIFAR-10": use("capnet-dynamic")}, [
         (str(r), dict(set=dict(iterations=r)), {"CIFAR-10": error})
@@ -1668,15 +1747,21 @@ TABLES = {
             (b, dict(set=dict(b_init=b)), {"CIFAR-10": error})
             for b, error in (("random", 14.35), ("zero", 14.28), ("learnable", 14.11))]),
         Part("loss and optimizer", dict(CIFAR10, **use("capnet-dynamic")),
-             {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd"), "Adam": dict(optimizer="adam")}, [
-            (name, dict(loss=loss), dict(zip(("RMSProp", "SGD", "Adam"), p, strict=True))) for name, loss, p in (
-                ("spread, fix m", "spread-fixed", (15.61, 15.38, 14.97)), ("spread", "spread", (15.02, 14.87, 14.50)),
-                ("margin", "margin", (14.30, 15.18, 14.28)), ("CE loss", "ce", (14.76, "fail", 15.31)))])],
+             {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd"),
+              "Adam": dict(optimizer="adam")}, [
+            (name, dict(loss=loss), dict(RMSProp=rmsprop, SGD=sgd, Adam=adam))
+            for name, loss, rmsprop, sgd, adam in (
+                ("spread, fix m", "spread-fixed", 15.61, 15.38, 14.97),
+                ("spread", "spread", 15.02, 14.87, 14.50),
+                ("margin", "margin", 14.30, 15.18, 14.28),
+                ("CE loss", "ce", 14.76, "fail", 15.31))])],
 }
-TABLE2 = {"stem": (32, 32), "blocks.0": (64, 32), "blocks.1": (128, 16), "blocks.2": (256, 8), "blocks.3": (512, 4)}
-# channels (EncapNet: 32 types x capsule dimension) and side of the output of M0 .. M4, of both networks
+# Channels (EncapNet: 32 types x capsule dimension) and side of the outputs of M0 .. M4 of both
+TABLE2 = {"stem": (32, 32), "blocks.0": (64, 32), "blocks.1": (128, 16), "blocks.2": (256, 8),
+          "blocks.3": (512, 4)}
 FIGURES = {
-    2: ("agreement of votes with the class capsule", {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")}),
+    2: ("agreement of votes with the class capsule",
+        {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")}),
     4: ("training loss with and without OT divergence",
         {"EncapNet": use("encapnet", feedback=0), "EncapNet * OT": use("encapnet", feedback=1),
          "ResNet": use("resnet18", feedback=0), "ResNet * OT": use("resnet18", feedback=1)}),
@@ -1689,7 +1774,7 @@ FIGURES = {
 
 
 def read_results(*files):
-    """{(config key, seed): result} and the list of bench lines, of these JSON-lines files; later lines win."""
+    """{(config key, seed): result} and the bench lines of JSON-lines files; later lines win."""
     runs, benches = {}, []
     for file in files:
         for line in file.read_text().splitlines() if file.exists() else ():
@@ -1710,14 +1795,15 @@ def row_config(*layers):
     """A cell's Config.  types=T narrows a network that has no types by the same factor."""
     changes = merge(*layers)
     types = changes["set"].get("types")
-    if types and has_logits(changes["model"]):
+    if isinstance(types, int) and has_logits(changes["model"]):
         usual = dict(encapnet.MODELS.get(changes["model"], (None, {}))[1]).get("width", 1.0)
-        changes["set"] = {k: v for k, v in changes["set"].items() if k != "types"} | {"width": usual * types / 32}
+        rest = {k: v for k, v in changes["set"].items() if k != "types"}
+        changes["set"] = {"width": usual * types / 32, **rest}
     return make_config(**changes)
 
 
 def part_columns(part, given):
-    """The columns to run: with --dataset, those of that data set, or the first one's place is taken by it."""
+    """The columns to run: with --dataset, that data set's, or the first on other data."""
     if "dataset" not in given or not all("dataset" in changes for changes in part.columns.values()):
         return part.columns
     same = {name: c for name, c in part.columns.items() if c["dataset"] == given["dataset"]}
@@ -1734,13 +1820,15 @@ def part_cells(part, given, only=()):
 
 
 def wanted_parts(number, given):
-    own = {part.base.get("dataset") for part in TABLES[number] if part.own_data}
-    return [p for p in TABLES[number] if p.base.get("dataset") in own or not p.own_data
-            if "dataset" not in given or (p.base.get("dataset") if p.own_data else given["dataset"]) == given["dataset"]]
+    """Blocks to run: with --dataset, those that can take it; ImageNet's keep to their own."""
+    if "dataset" not in given:
+        return TABLES[number]
+    return [part for part in TABLES[number]
+            if not part.own_data or part.base["dataset"] == given["dataset"]]
 
 
 def obtain(name, config, runs):
-    """Run a Config unless its result is known; what fails is reported, and recorded if training itself did.
+    """Run a Config unless its result is known; a failure is reported, one of training recorded.
 
     -> None, or what went wrong
     """
@@ -1748,29 +1836,32 @@ def obtain(name, config, runs):
     if (key, config.seed) in runs:
         return None
     folder = RUNS / f"{data_name(config)}-{config.model}-{key}-{config.seed}"
-    resume = str(folder) if (folder / "last.pt").exists() and not (folder / "result.json").exists() else None
-    if not resume and (folder / "result.json").exists():                 # finished, but its line was lost
+    finished = folder / "result.json"
+    resume = str(folder) if (folder / "last.pt").exists() and not finished.exists() else None
+    if finished.exists():                                 # but its line in results.jsonl was lost
         runs[key, config.seed] = json.loads((folder / "result.json").read_text())
         return None
     say(f"--- {name}, seed {config.seed}")
     try:
-        runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=str(folder), resume=resume))
+        config = dataclasses.replace(config, output_dir=str(folder), resume=resume)
+        runs[key, config.seed] = fit(config)
         return None
     except Diverged as failure:
-        line = {"data": data_name(config), "model": config.model, "key": key, "seed": config.seed, "error": None,
-                "epochs": config.epochs, "outcome": str(failure).split(";")[0], "seconds": None, "folder": str(folder),
-                "config": dataclasses.asdict(config), "environment": environment(pick_device(config.device))}
+        line = {"data": data_name(config), "model": config.model, "key": key, "seed": config.seed,
+                "error": None, "epochs": config.epochs, "outcome": str(failure).split(";")[0],
+                "seconds": None, "folder": str(folder), "config": dataclasses.asdict(config),
+                "environment": environment(pick_device(config.device))}
         runs[key, config.seed] = line
         if rank() == 0:
             record(line)
     except Problem as failure:
-        if failure.code > 128:                                           # asked to stop
+        if failure.code > 128:                            # asked to stop
             raise
         say(f"failed: {name}: {failure}")
         return f"{name}: {failure}"
-    except (RuntimeError, MemoryError) as failure:                       # out of memory, most likely
-        say(f"failed: {name}: {str(failure).splitlines()[0]}")
-        return f"{name}: {str(failure).splitlines()[0]}"
+    except (RuntimeError, MemoryError) as failure:        # out of memory, most likely
+        say(f"failed: {name}: {reason(failure)}")
+        return f"{name}: {reason(failure)}"
 
 
 def obtain_all(cells, seeds, runs):
@@ -1787,7 +1878,8 @@ def summary(config, paper, runs):
     lines = [r for (key, _), r in sorted(runs.items()) if key == config_key(config)]
     if not lines:
         return "–", "–", "–"
-    how = f"{len(lines)} seed{'s' * (len(lines) > 1)}, {lines[0]['epochs']} epochs, {lines[0]['environment']['device']}"
+    how = (f"{len(lines)} seed{'s' * (len(lines) > 1)}, {lines[0]['epochs']} epochs, "
+           f"{lines[0]['environment']['device']}")
     bad = [r["outcome"] for r in lines if r["outcome"] != "ok"]
     if bad:
         return f"fail ({bad[0]})", "–", how
@@ -1845,7 +1937,8 @@ def render_costs(part, given, benches):
         if line:
             biggest = max(known, key=lambda b: b["batch"])
             cells = [f"{line['parameters'] * 32 / 1e6:.2f}", f"{line['memory_MB']:,.0f}",
-                     f"{biggest['memory_MB']:,.0f} ({biggest['batch']})", f"{line['step_seconds']:.3f}"]
+                     f"{biggest['memory_MB']:,.0f} ({biggest['batch']})",
+                     f"{line['step_seconds']:.3f}"]
         rows.append([name, batch, megabits, cells[0], f"{memory:,}", *cells[1:3], seconds, cells[3],
                      line["device"] if line else "–"])
     return "**Table 1: cost.** Runtime: forward and backward of a batch.\n\n" + markdown(
@@ -1859,7 +1952,8 @@ def measure_costs(given, only):
         if only and not any(word in name for word in only):
             continue
         config, batch = row_config(CIFAR10, changes, given), paper["cost"][2]
-        known = [(b["model"], b["batch"], b["set"]) for b in read_results(RUNS / "results.jsonl")[1]]
+        benches = read_results(RUNS / "results.jsonl")[1]
+        known = [(b["model"], b["batch"], b["set"]) for b in benches]
         limit = batch if pick_device(config.device).type == "cpu" else 4096
         while batch <= limit:
             flags = ["--device", config.device, "--batch-size", str(batch), "--model", config.model]
@@ -1879,9 +1973,12 @@ def show_table(number, only, seeds, given):
     if number == 1 and rank() == 0:
         measure_costs(given, only)
     for part in wanted_parts(number, given) if number != 2 else ():
-        failures += obtain_all([(f"{row}, {column}", config) for row, column, config in part_cells(part, given, only)],
+        cells = [(f"{row}, {column}", config)
+                 for row, column, config in part_cells(part, given, only)]
+        failures += obtain_all(cells,
                                seeds, runs)
-    text = render_table(number, given, (runs, read_results(*published(), RUNS / "results.jsonl")[1]))
+    benches = read_results(*published(), RUNS / "results.jsonl")[1]
+    text = render_table(number, given, (runs, benches))
     say("\n" + text)
     if rank() == 0:
         RUNS.mkdir(exist_ok=True)
@@ -1925,10 +2022,11 @@ def architecture(name, given):
     for key, module in network.named_modules():
         if key in ("stem", "classes") or re.fullmatch(r"blocks\.\d\.\w+", key):
             parts = [k for k in seen if k == key or k.startswith(key + ".")]
-            depth = min(k.count(".") for k in parts)                     # a list has no output of its own
+            depth = min(k.count(".") for k in parts)      # a list has no output of its own
             parts = [k for k in parts if k.count(".") == depth]
             shape = seen[parts[-1]][0]
-            capsule = shape[0] // network.types if name == "encapnet" and len(shape) == 3 else shape[-1]
+            image = name == "encapnet" and len(shape) == 3
+            capsule = shape[0] // network.types if image else shape[-1]
             weights = sum(p.numel() for p in module.parameters())
             rows.append([key + f" x {len(parts)}" * (len(parts) > 1), " x ".join(map(str, shape)),
                          capsule if name == "encapnet" else "–", f"{weights:,}",
@@ -1938,9 +2036,9 @@ def architecture(name, given):
     if wrong and not given.get("set"):
         raise Problem(f"Table 2: {name} gives {wrong}, the paper has {TABLE2}", 1)
     weights = sum(p.numel() for p in network.parameters())
-    note = f"changed by {narrow['set']}" if given.get("set") else "output sizes as the paper's: checked"
-    return (f"**Table 2: {name}.** {weights:,} parameters, {seen[''][1] / 1e6:,.0f} million FLOPs an "
-            f"image; {note}.\n\n"
+    note = f"changed by {narrow['set']}" if given.get("set") else "output sizes as the paper's"
+    return (f"**Table 2: {name}.** {weights:,} parameters, {seen[''][1] / 1e6:,.0f} million FLOPs "
+            f"an image; {note}.\n\n"
             + markdown(["layer", "output", "capsule dim", "parameters", "MFLOPs"], rows))
 
 
@@ -1954,14 +2052,16 @@ def show_figure(number, seeds, given):
     failures = obtain_all(list(configs.items()), seeds, runs)
     if failures:
         raise Problem(f"{len(failures)} runs failed: {'; '.join(failures)}", 1)
-    lines = {name: [r for (key, _), r in sorted(runs.items()) if key == config_key(config) and r["outcome"] == "ok"
-                    or key == config_key(config) and "curves" in r] for name, config in configs.items()}
+    lines = {name: [r for (key, _), r in sorted(runs.items())
+                    if key == config_key(config) and "curves" in r]
+             for name, config in configs.items()}
     if rank() == 0:
-        {2: draw_figure2, 4: draw_figure4}[number](lines, f"{title}, {data_name(next(iter(configs.values())))}", target)
+        title = f"{title}, {data_name(next(iter(configs.values())))}"
+        {2: draw_figure2, 4: draw_figure4}[number](lines, title, target)
 
 
 def report(check):
-    """Render README's tables from results/: between <!-- table 3 --epochs 20 ... --> and <!-- end -->.  -> exit code"""
+    """Render README's tables, <!-- table 3 --epochs 20 ... --> to <!-- end -->, from results/."""
     runs, benches = read_results(*published())
 
     def fill(match):
@@ -1970,7 +2070,8 @@ def report(check):
             return f"<!-- {match[1]} -->\n{render_runs(runs)}\n<!-- end -->"
         _, given = parse(words[2:])
         command = f"`python train.py --table {' '.join(words[1:])}`"
-        return f"<!-- {match[1]} -->\n{render_table(int(words[1]), given, (runs, benches))}\n\n{command}\n<!-- end -->"
+        table = render_table(int(words[1]), given, (runs, benches))
+        return f"<!-- {match[1]} -->\n{table}\n\n{command}\n<!-- end -->"
 
     if not README.exists():
         raise Problem(f"no {README} here")
@@ -1985,9 +2086,10 @@ def report(check):
 
 def render_runs(runs):
     """The single runs, those of no table: command, device, time, error."""
-    rows = [[f"`{r['environment']['command']}`", r["data"], f"{r['error']:.2f}", r["epochs"], clock(r["seconds"]),
+    rows = [[f"`{r['environment']['command']}`", r["data"], f"{r['error']:.2f}", r["epochs"],
+             clock(r["seconds"]),
              r["environment"]["device"]] for r in runs.values() if r["outcome"] == "ok"
-            and "--table" not in r["environment"]["command"] and "--figure" not in r["environment"]["command"]]
+            and not re.search("--table|--figure", r["environment"]["command"])]
     return markdown(["command", "data", "test error %", "epochs", "time", "device"], rows)
 
 
@@ -2001,54 +2103,64 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def random_data(config, device):
+    """A batch of random images of ten classes in place of a data set."""
+    g, side = torch.Generator().manual_seed(0), config.image_size
+    batch = config.batch_size // world()
+    images = torch.randint(256, (batch, 3, side, side), generator=g, dtype=torch.uint8).to(device)
+    split = Split(images, torch.randint(10, (batch,), generator=g).to(device))
+    half = torch.full((3,), 0.5, device=device)
+    return Data("random", [str(k) for k in range(10)], split, split, side, half, half / 2)
+
+
+def timed_steps(run, tick, seconds):
+    """Train for at least this long and three steps -> seconds a step, the device waited for."""
+    split = run.data.train
+    draws = torch.rand(len(split), 7, device=run.device)
+    begun = time.perf_counter()
+    for n in itertools.count(1):
+        tick(None)
+        train_step(run, split.images, split.labels, draws, tick)
+        if n >= 3 and time.perf_counter() - begun > seconds:
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            return (time.perf_counter() - begun) / n
 
 
 def bench(config, seconds=3.0):
-    """Throughput of training on random images, where a step's time goes, and peak memory; one line recorded."""
+    """Throughput on random images, where a step's time goes, and peak memory; recorded."""
     device = start(config)
-    side, batch = config.image_size, config.batch_size // world()
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (batch, 3, side, side), generator=g, dtype=torch.uint8).to(device)
-    labels, draws = torch.randint(10, (batch,), generator=g).to(device), torch.rand(batch, 7, generator=g).to(device)
-    half = torch.full((3,), 0.5, device=device)
-    data = Data("random", list(range(10)), Split(images, labels), Split(images, labels), side, half, half / 2)
-    before = peak_memory(device)
+    data, before, parts, last = random_data(config, device), peak_memory(device), {}, [0.0]
     run = build_run(config, data, device)
-    spent, last = {}, [0.0]
+    run.net.train()
 
     def tick(part):
         if device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         if part:
-            spent.setdefault(part, []).append(now - last[0])
+            parts.setdefault(f"{part}_seconds", []).append(now - last[0])
         last[0] = now
 
-    def repeat(tick):
-        start = time.perf_counter()
-        for n in itertools.count(1):
-            tick(None)
-            train_step(run, images, labels, draws, tick)
-            if n >= 3 and time.perf_counter() - start > seconds:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                return (time.perf_counter() - start) / n
-
-    run.net.train()
-    for _ in range(2):
-        train_step(run, images, labels, draws)
-    step = repeat(lambda part: None)
-    repeat(tick)
-    line = {"model": config.model, "set": config.set, "batch": config.batch_size, "image_size": side, "amp": config.amp,
-            "compile": config.compile, "parameters": sum(p.numel() for p in run.net.parameters()),
-            "train_step_seconds": step, "images_per_second": config.batch_size / step,
-            "memory_MB": (peak_memory(device) - before) / 1e6, "device": environment(device)["device"],
-            **{f"{part}_seconds": statistics.median(times) for part, times in spent.items()}}
+    timed_steps(run, lambda part: None, 0)                # warm up
+    step = timed_steps(run, lambda part: None, seconds)
+    timed_steps(run, tick, seconds)
+    memory = (peak_memory(device) - before) / 1e6
+    line = {"model": config.model, "set": config.set, "batch": config.batch_size,
+            "image_size": config.image_size, "amp": config.amp, "compile": config.compile,
+            "parameters": sum(p.numel() for p in run.net.parameters()), "train_step_seconds": step,
+            "images_per_second": config.batch_size / step, "memory_MB": memory,
+            "device": environment(device)["device"],
+            **{part: statistics.median(times) for part, times in parts.items()}}
     line["step_seconds"] = line["forward_seconds"] + line["backward_seconds"]
-    parts = ", ".join(f"{part} {1e3 * line[f'{part}_seconds']:.1f}" for part in spent)
-    say(f"{config.model}, batch {config.batch_size}, {side}x{side}, {line['device']}: {line['images_per_second']:,.1f} images/s, "
-        f"step {1e3 * step:.1f} ms ({parts}), peak memory {line['memory_MB']:,.0f} MB, {line['parameters']:,} parameters")
+    split = ", ".join(f"{part.split('_')[0]} {1e3 * line[part]:.1f}" for part in parts)
+    say(f"{config.model}, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
+        f"{line['device']}: {line['images_per_second']:,.1f} images/s, step {1e3 * step:.1f} ms "
+        f"({split}), peak memory {memory:,.0f} MB, {line['parameters']:,} parameters")
     if rank() == 0:
         record({"bench": line})
 
@@ -2057,7 +2169,7 @@ def bench(config, seconds=3.0):
 # Figures
 # ------------------------------------------------------------------------------------------------
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")    # Okabe and Ito, colour-blind safe
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")    # Okabe and Ito's, colour-blind safe
 
 
 def canvas(rows, columns, width=10, height=3.2):
@@ -2083,30 +2195,36 @@ def draw_run(run, shown=24):
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 4))
     left, right = top.subplots(1, 2)
     epochs = [e["epoch"] for e in run.history]
-    for axis, names, unit in ((left, ("loss", "feedback"), "loss"), (right, ("train_error", "test_error"), "error (%)")):
+    for axis, names, unit in ((left, ("loss", "feedback"), "loss"),
+                              (right, ("train_error", "test_error"), "error (%)")):
         for name, colour in zip(names, COLOURS, strict=False):
-            axis.plot(epochs, [e[name] for e in run.history], ".-", color=colour, label=name.replace("_", " "))
+            axis.plot(epochs, [e[name] for e in run.history], ".-", color=colour,
+                      label=name.replace("_", " "))
         axis.set(xlabel="epoch", ylabel=unit)
         axis.legend()
         axis.grid(alpha=0.3)
-    index = torch.linspace(0, len(run.data.test) - 1, min(shown, len(run.data.test)), device=run.device).long()
+    n = len(run.data.test)
+    index = torch.linspace(0, n - 1, min(shown, n), device=run.device).long()
     images, labels, _ = next(run.data.test.batches([index], run.device))
     x = next(test_views(images, run.data.side, False, False))
     run.net.eval()
     answers = call(run.net, run.config, normalised(x, run.data))[0].argmax(1).tolist()
     pictures = x.permute(0, 2, 3, 1).cpu().expand(-1, -1, -1, 3).numpy()
-    for axis, picture, answer, label in itertools.zip_longest(bottom.subplots(3, 8).flat, pictures, answers, labels.tolist()):
+    axes = bottom.subplots(3, 8).flat
+    shown = itertools.zip_longest(axes, pictures, answers, labels.tolist())
+    for axis, picture, answer, label in shown:
         axis.set_axis_off()
         if picture is not None:
             wrong = answer != label
             axis.imshow(picture)
-            axis.set_title(run.data.classes[answer] + (f", is {run.data.classes[label]}" if wrong else ""), fontsize=8,
+            truth = f", is {run.data.classes[label]}" if wrong else ""
+            axis.set_title(run.data.classes[answer] + truth, fontsize=8,
                            color=COLOURS[1] if wrong else "black")
     save_figure(figure, run.folder / "curves.png")
 
 
 def draw_figure2(lines, title, path):
-    """Rows: routings; columns: moments.  Grey: % of votes at a cosine; line: their mean length.   [Fig. 2]"""
+    """Rows: routings; columns: moments.  Grey: % of votes, blue: their mean length.   [Fig. 2]"""
     lines = {name: found[0]["moments"] for name, found in lines.items()}
     figure, axes = canvas(len(lines), max(map(len, lines.values())), height=2.6)
     figure.suptitle(title, fontsize=10)
@@ -2122,18 +2240,20 @@ def draw_figure2(lines, title, path):
             twin.tick_params(labelsize=7, labelcolor=COLOURS[0])
             axis.tick_params(labelsize=7)
         row[0].set_ylabel("% of votes (grey)", fontsize=8)
-        row[len(moments) - 1].set_xlabel("cosine of vote and capsule; blue: vote length", fontsize=7)
+        row[len(moments) - 1].set_xlabel("cosine of vote and capsule; blue: vote length",
+                                         fontsize=7)
     save_figure(figure, path)
 
 
 def draw_figure4(lines, title, path):
-    """Training loss against epochs, without and with the divergence; a panel a network, whose losses differ.  [Fig. 4]"""
+    """Training loss without and with divergence; a panel a network, as losses differ.   [Fig. 4]"""
     figure, axes = canvas(1, 2)
     figure.suptitle(title, fontsize=10)
     for name, found in lines.items():
         axis = axes[0, int(name.startswith("ResNet"))]
         loss = torch.tensor([r["curves"]["loss"] for r in found]).mean(0).tolist()
-        axis.plot(range(1, len(loss) + 1), loss, "-" if "OT" in name else "--", color=COLOURS["OT" in name], label=name)
+        axis.plot(range(1, len(loss) + 1), loss, "-" if "OT" in name else "--",
+                  color=COLOURS["OT" in name], label=name)
         axis.set(xlabel="epoch", ylabel="training loss, without the divergence")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -2146,7 +2266,7 @@ def draw_figure4(lines, title, path):
 
 
 def trained(given):
-    """The newest run or --resume PATH, for looking at -> config, checkpoint, network in eval mode, device."""
+    """The run of --resume, for looking at -> config, checkpoint, network in eval mode, device."""
     state = load_checkpoint(given["resume"])
     config = Config(**merge(state["config"], given))
     device = start(config)
@@ -2155,20 +2275,22 @@ def trained(given):
     try:
         net.load_state_dict(plain_names(state["net"]))
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise Problem(f"{given['resume']}: the weights are not {config.model}'s ({str(error).splitlines()[0]})") from error
+        raise Problem(f"{given['resume']} does not fit {config.model} ({reason(error)})") from error
     return config, state, net.to(device).eval(), device
 
 
 def test_only(given):
-    """Test error of a trained network, on its own data set or, with --data-path, on another like it."""
+    """Test error of a trained network, on its own data or, with --data-path, on other like it."""
     config, state, net, device = trained(given)
     data = load_data(config, device)
     if data.classes != state["data"]["classes"]:
-        raise Problem(f"{data.name} has other classes than the data that the network was trained on")
-    data = dataclasses.replace(data, mean=state["data"]["mean"].to(device), std=state["data"]["std"].to(device))
-    run = Run(config, data, device, None, net, net, None, [], {})
+        raise Problem(f"{data.name} has other classes than the data the network was trained on")
+    data = dataclasses.replace(data, mean=state["data"]["mean"].to(device),
+                               std=state["data"]["std"].to(device))
+    run = Run(config, data, device, net, net, None, {})
     test = evaluate(run, config.augment != "none")
-    say(f"{data.name}, {config.model} after epoch {state['epoch']}: test error {test['error']:.2f} %, "
+    say(f"{data.name}, {config.model} after epoch {state['epoch']}: test error {test['error']:.2f} "
+        f"%, "
         f"top-5 {test['top5_error']:.2f} %, {test['images']:,} images")
 
 
@@ -2183,12 +2305,12 @@ def predict(files, given):
         try:
             image = decode(file, config.image_size)
         except Exception as error:                                       # PIL raises all kinds
-            raise Problem(f"cannot read {file}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+            raise Problem(f"cannot read {file}: {reason(error)}") from error
         x = image[None].to(device).float() / 255
         scores = call(net, config, normalised(grey(x) if len(mean) == 1 else x, data))[0][0]
         scores = (scores.softmax(0) if net.logits else scores).tolist()
         order = sorted(range(len(classes)), key=lambda k: -scores[k])[:20]
-        print(f"{file}: {classes[order[0]]}\n   " + "  ".join(f"{classes[k]} {scores[k]:.3f}" for k in order))
+        print(f"{file}: {classes[order[0]]}\n  ", *(f"{classes[k]} {scores[k]:.3f}" for k in order))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2203,18 +2325,26 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """One flag for every field of Config, and the commands."""
-    parser = Parser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser("train.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("commands; without one, train")
-    commands.add_argument("--table", type=int, choices=sorted({2, *TABLES}), help="run a table of the paper")
-    commands.add_argument("--row", nargs="+", metavar="TEXT", help="only its rows with this in their name")
+    commands.add_argument("--table", type=int, choices=sorted({2, *TABLES}),
+                          help="run a table of the paper")
+    commands.add_argument("--row", nargs="+", metavar="TEXT",
+                          help="only its rows with this in their name")
     commands.add_argument("--seeds", type=number(1), metavar="K", help="of each row (default: 1)")
-    commands.add_argument("--figure", type=int, choices=sorted(FIGURES), help="run and draw a figure of the paper")
-    commands.add_argument("--report", action="store_true", help="render README's tables from results/")
-    commands.add_argument("--check", action="store_true", help="with --report: only compare, exit 1 if it differs")
-    commands.add_argument("--bench", nargs="?", const="step", choices=("step",), help="speed and memory of training")
+    commands.add_argument("--figure", type=int, choices=sorted(FIGURES),
+                          help="run and draw a figure of the paper")
+    commands.add_argument("--report", action="store_true",
+                          help="render README's tables from results/")
+    commands.add_argument("--check", action="store_true",
+                          help="with --report: only compare, exit 1 if it differs")
+    commands.add_argument("--bench", nargs="?", const="step", choices=("step",),
+                          help="speed and memory of training")
     commands.add_argument("--test-only", action="store_true", help="test the network of --resume")
-    commands.add_argument("--predict", nargs="+", metavar="IMAGE", help="classify with the network of --resume")
+    commands.add_argument("--predict", nargs="+", metavar="IMAGE",
+                          help="classify with the network of --resume")
     commands.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
     groups = {}
@@ -2229,7 +2359,8 @@ def make_parser():
             flag["type"] = about["type"] or field.type
             flag.setdefault("metavar", field.name.rpartition("_")[2].upper())
         if field.default not in ("", None, dataclasses.MISSING):
-            shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            several = isinstance(field.default, tuple)
+            shown = " ".join(map(str, field.default)) if several else field.default
             flag["help"] += f" (default: {shown})"
         group.add_argument("--" + field.name.replace("_", "-"), **flag)
     return parser
@@ -2260,7 +2391,8 @@ def with_run(given, finished):
     folder = given.get("output_dir") or newest(wanted, finished)
     if not folder:
         fields = "".join(f", {k}={v}" for k, v in wanted.items())
-        raise Problem(f"no {'' if finished else 'unfinished '}run in {RUNS}/{fields}; give --resume PATH")
+        kind = "" if finished else "unfinished "
+        raise Problem(f"no {kind}run in {RUNS}/{fields}; give --resume PATH")
     say(f"newest run: {folder}")
     return {**given, "resume": str(folder)}
 
@@ -2274,8 +2406,10 @@ def train(given):
     else:
         result = fit(make_config(**given))
     best = result["best_by_test_error"]
-    say(f"test error {result['error']:.2f} % after {result['epochs']} epochs and {clock(result['seconds'])}"
-        + (f" (the best epoch by test error, {best['epoch']}: {best['test_error']:.2f} %)" if best["epoch"] else ""))
+    say(f"test error {result['error']:.2f} % after {result['epochs']} epochs and "
+        f"{clock(result['seconds'])}"
+        + (f" (the best epoch by test error, {best['epoch']}: {best['test_error']:.2f} %)"
+           if best["epoch"] else ""))
     say(f"curves and predictions: {result['folder']}/curves.png")
 
 
@@ -2283,13 +2417,15 @@ def show_list():
     print("models:")
     for name in models():
         about = encapnet.MODELS[name] if name in encapnet.MODELS else ("torchvision's", "")
-        print(f"  {name:18}", getattr(about[0], "__name__", about[0]), json.dumps(about[1]) if about[1] else "")
+        kind = getattr(about[0], "__name__", about[0])
+        print(f"  {name:18}", kind, json.dumps(about[1]) if about[1] else "")
     print("data sets:")
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")
     print("tables and figures:")
     for number, parts in sorted({**TABLES, 2: [Part("architectures", {}, {}, [])]}.items()):
-        print(f"  --table {number}          {'; '.join(part.title.partition(';')[0] for part in parts)}")
+        blocks = "; ".join(part.title.partition(";")[0] for part in parts)
+        print(f"  --table {number}          {blocks}")
     for number, (title, _) in FIGURES.items():
         print(f"  --figure {number}         {title}")
 
@@ -2297,11 +2433,13 @@ def show_list():
 def check_rows(commands, given):
     """--table and --figure choose the models; --row must name rows."""
     if "model" in given or "resume" in given:
-        raise Problem("--table and --figure choose the models and go on with their own runs: no --model, no --resume")
+        raise Problem("--table and --figure choose the models and resume by themselves: "
+                      "no --model, no --resume")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
-            raise Problem(f"--row {word!r}: no such row{did_you_mean(word, rows)}; choose from {', '.join(rows)}")
+            raise Problem(f"--row {word!r}: no such row{did_you_mean(word, rows)}; choose from "
+                          f"{', '.join(rows)}")
 
 
 def command(commands, given):
@@ -2315,7 +2453,8 @@ def command(commands, given):
         check_rows(commands, given)
         if "figure" in commands:
             return show_figure(commands["figure"], commands.get("seeds", 1), given)
-        return show_table(commands["table"], commands.get("row", ()), commands.get("seeds", 1), given)
+        return show_table(commands["table"], commands.get("row", ()), commands.get("seeds", 1),
+                          given)
     if "predict" in commands:
         return predict(commands["predict"], with_run(given, finished=True))
     if "test_only" in commands:
@@ -2338,8 +2477,7 @@ def main(arguments=None):
         if isinstance(error, KeyboardInterrupt):
             code, message = 130, "interrupted"
         elif not isinstance(error, Problem):
-            first = (str(error) or "no message").splitlines()[0]
-            message = f"unexpected {type(error).__name__}: {first} (--debug shows where)"
+            message = f"unexpected {type(error).__name__}: {reason(error)} (--debug shows where)"
         if rank() == 0 or code == 1:
             print(f"train.py: {message}", file=sys.stderr)
         return code
