@@ -675,12 +675,27 @@ def kl_divergence(real, generated):
 # ------------------------------------------------------------------------------------------------
 
 
+class Gather(torch.autograd.Function):
+    """Concatenate the samples of all processes; the gradient of a sample is summed over them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)
+                 for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(x):
     """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x))
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return Gather.apply(x) if several else x
 
 
 class FeedbackUnit(nn.Module):

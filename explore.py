@@ -22,6 +22,9 @@ import encapnet
 import train
 from train import COLOURS, Problem, say
 
+DRAWN = 4000                                                            # digits for parts 1 and 3
+PALETTE = (*COLOURS, "#E69F00", "#56B4E9", "#000000")                  # the rest of Okabe and Ito's
+
 
 class Trained(NamedTuple):
     """A run to look at.   net: in eval mode, its weights fixed;  data: test split, mean, std"""
@@ -74,10 +77,16 @@ def load(path, device="auto"):
 
 
 def untrained(run):
-    """The same network before training: what the architecture gives for nothing."""
+    """The same network before training, BatchNorm set to real images: what comes for nothing."""
     torch.manual_seed(run.config.seed)
     net = train.make_model(run.config, len(run.data.classes), run.data.channels).to(run.device)
-    return run._replace(net=net.eval().requires_grad_(False))
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    before = run._replace(net=net.requires_grad_(False).train())
+    before.scores(run.images(200)[0])
+    net.eval()
+    return before
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,7 +142,7 @@ def r_squared(z, factors, labels):
 
 
 def draw_pose(run, figure, beside):
-    x, labels, poses = (t.cpu() for t in run.digits(4000))
+    x, labels, poses = (t.cpu() for t in run.digits(DRAWN))
     runs = {run.name: run, "untrained": untrained(run)}
     if beside:
         runs[f"{beside.config.model}, {beside.size:,} weights"] = beside
@@ -141,7 +150,8 @@ def draw_pose(run, figure, beside):
             for name, r in runs.items()}
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     names = list(train.POSE)
-    shown = left.imshow(fits[run.name][1].numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    shown = left.imshow(fits[run.name][1].numpy(), cmap="viridis", vmin=0, aspect="auto")
+    left.set_xticks(range(0, 16, 3))
     left.set_yticks(range(len(names)), names)
     left.set_xlabel("principal component" if run.net.logits else "dimension of the capsule")
     left.set_title("squared correlation, each alone", fontsize=9)
@@ -151,16 +161,16 @@ def draw_pose(run, figure, beside):
     return {name: dict(zip(names, fit[0].tolist(), strict=True)) for name, fit in fits.items()}
 
 
-def bars(axis, names, series):
+def bars(axis, names, series, colours=(COLOURS[0], "0.7", COLOURS[1])):
     """Groups of bars with their values on top.   series: {label: a number a name}"""
     for k, (label, values) in enumerate(series.items()):
         places = [j + .27 * (k - 1) for j in range(len(names))]
-        drawn = axis.bar(places, values, .27, label=label, color=(COLOURS[0], "0.7", COLOURS[1])[k])
+        drawn = axis.bar(places, values, .27, label=label, color=colours[k])
         axis.bar_label(drawn, fmt="%.2f", fontsize=7)
     axis.set_xticks(range(len(names)), names)
     axis.axhline(0, color="0.5", lw=.8)
     axis.set_ylim(top=1.3)
-    axis.legend(fontsize=8, ncols=3, loc="upper center", columnspacing=1)
+    axis.legend(fontsize=7, ncols=3, loc="upper center", columnspacing=1)
 
 
 def capconvs(run):
@@ -199,9 +209,9 @@ def draw_coefficients(run, figure, shown=3):
 
 def draw_overlap(run, figure, shown=6):
     if run.config.dataset == "digits":
-        x, labels, _ = run.digits(1000, overlap=True)
+        x, labels, _ = run.digits(DRAWN // 4, overlap=True)
     else:                                              # an image and the next, 4 pixels off
-        one, label = run.images(1000)
+        one, label = run.images(DRAWN // 4)
         x = torch.maximum(one.roll((-2, -2), (2, 3)), one.roll(1, 0).roll((2, 2), (2, 3)))
         labels = torch.stack([label, label.roll(1)], 1)
         x, labels = x[label != label.roll(1)], labels[label != label.roll(1)]
@@ -246,28 +256,30 @@ def draw_feedback(run, figure, shown=4):
     def match(a, b):                                   # correlation of two images, mean over B
         return encapnet.cosine_cost(*(z.flatten(1)[:, None] - z.flatten(1).mean(1)[:, None, None]
                                       for z in (a, b))).neg().add(1).mean().item()
-    x, pairs, series = run.images(200)[0], [], {}
-    for given, (w, v) in record(run, x, list(run.net.blocks)):
-        pairs += [(given[0], v), (w, v)][:run.net.feedback]
-    made = [unit.generate(high, low.shape[-2:])
-            for unit, (low, high) in zip(run.net.units, pairs, strict=True)]
-    lows = [low for low, _ in pairs]
-    series["same image"] = [match(a, b) for a, b in zip(lows, made, strict=True)]
-    series["another image"] = [match(a, b.roll(1, 0)) for a, b in zip(lows, made, strict=True)]
-    series["same, means removed"] = [match(a - a.mean(0), b - b.mean(0))
-                                     for a, b in zip(lows, made, strict=True)]
+    def strength(image):                               # lengths, mean over types: (B, 1, H, W)
+        types = getattr(run.net, "types", 1)
+        return image.unflatten(1, (types, -1)).norm(dim=2).mean(1, keepdim=True)
+    lows, made = [], []
+    seen = record(run, run.images(200)[0], list(run.net.blocks))
+    pairs = [pair for (u, *_), (w, v) in seen for pair in [(u, v), (w, v)][:run.net.feedback]]
+    for unit, (low, high) in zip(run.net.units, pairs, strict=True):
+        lows.append(low)
+        made.append(unit.generate(high, low.shape[-2:]))
+    both = list(zip(lows, made, strict=True))
+    series = {"all channels": [match(a, b) for a, b in both],
+              "capsule length, mean over types": [match(strength(a), strength(b)) for a, b in both],
+              "the same of another image": [match(strength(a), strength(b.roll(1, 0)))
+                                            for a, b in both]}
     left, right = figure.subfigures(1, 2)
-    types = getattr(run.net, "types", 1)
-    for row, name, images in zip(left.subplots(2, shown), ("real", "generated"),
-                                 (lows[0], made[0]), strict=True):
-        for axis, image in zip(row, images, strict=False):
-            axis.imshow(image.unflatten(0, (types, -1)).norm(dim=1).mean(0).cpu().numpy(),
-                        cmap="cividis")
+    for row, name, images in zip(left.subplots(2, shown), ("real", "generated"), both[0],
+                                 strict=True):
+        for axis, image in zip(row, strength(images), strict=False):
+            axis.imshow(image[0].cpu().numpy(), cmap="cividis")
             axis.set_title(f"{name}, unit 1", fontsize=8)
             axis.set_axis_off()
     axis = right.subplots()
     names = [f"unit {k + 1}" for k in range(len(lows))]
-    bars(axis, names, series)
+    bars(axis, names, series, (COLOURS[1], COLOURS[0], "0.7"))
     axis.set_title("correlation of generated and real", fontsize=9)
     return {label: dict(zip(names, values, strict=True)) for label, values in series.items()}
 
@@ -304,14 +316,10 @@ def equal_cnn(run):
 
 
 def cnn_command(run):
-    """What trains a CNN of equal size in the same way."""
-    def weights(width):
-        with torch.device("meta"):
-            net = encapnet.build("cnn-same", len(run.data.classes), run.data.channels, width=width)
-        return sum(p.numel() for p in net.parameters())
-    width = min((k / 32 for k in range(2, 129)), key=lambda w: abs(weights(w) - run.size))
-    c = run.config
-    return (f"python train.py --dataset {c.dataset} --model cnn-same --set width={width:g} "
+    """What trains a CNN of equal size in the same way; its weights grow as its width squared."""
+    c, full = run.config, encapnet.build("cnn-same", len(run.data.classes), run.data.channels)
+    width = math.sqrt(run.size / sum(p.numel() for p in full.parameters()))
+    return (f"python train.py --dataset {c.dataset} --model cnn-same --set width={width:.2f} "
             f"--epochs {c.epochs} --train-images {c.train_images} --seed {c.seed}")
 
 
@@ -367,7 +375,7 @@ def changed(x, kind, strength, generator):
     if kind == "noise":
         noise = torch.randn(x.shape, generator=generator).to(x.device)
         return (x + strength * noise).clamp(0, 1)
-    s = strength * (2 * torch.randint(0, 2, (B, 2), generator=generator) - 1)    # (B, 2), +-
+    s = strength * (2. * torch.randint(0, 2, (B, 2), generator=generator) - 1)   # (B, 2), +-
     zero, one = torch.zeros(B), torch.ones(B)
     angle = (s[:, 0] * math.pi / 180) if kind == "rotation" else zero
     size = 2 ** s[:, 0] if kind == "scale" else one
@@ -448,13 +456,14 @@ def measure(run, n, steps, restarts, budgets):
     """
     generator = torch.Generator().manual_seed(0)                       # alike for every run
     images, labels = run.images(n)
-    errors = {"clean": {"0": 100 * fooled(run, images, labels).float().mean().item()}}
+    def percent(wrong, more=0):
+        return 100 * (wrong.sum().item() + more) / len(images)
+    wrong = fooled(run, images, labels)
+    errors = {"clean": {"0": percent(wrong)}}
     for kind, (_, strengths) in CHANGES.items():
-        errors[kind] = {f"{s:g}": 100 * fooled(
-            run, changed(images, kind, s, generator), labels).float().mean().item()
-            for s in strengths}
-    right = ~fooled(run, images, labels)
-    x, y, goals = images[right], labels[right], objectives(run)
+        errors[kind] = {f"{s:g}": percent(fooled(run, changed(images, kind, s, generator), labels))
+                        for s in strengths}
+    x, y, goals = images[~wrong], labels[~wrong], objectives(run)
     settings = {"FGSM": ("loss", 1, 1), "PGD": ("loss", steps, restarts),
                 "PGD margin": ("margin", 2 * steps, restarts)}
     for eps in budgets:
@@ -464,12 +473,10 @@ def measure(run, n, steps, restarts, budgets):
             found[name] = attack(run, x, y, goals[goal], eps / 255, k, r, generator)
         found["any attack"] = torch.stack(list(found.values())).any(0)
         for name, out in found.items():
-            wrong = (~right).sum() + out.sum()
-            errors.setdefault(name, {})[f"{eps:g}"] = 100 * wrong.item() / len(images)
+            errors.setdefault(name, {})[f"{eps:g}"] = percent(out, wrong.sum().item())
     # With half the range of a pixel allowed any network must fall, or its gradient is masked.
     out = attack(run, x, y, goals["margin"], .5, 2 * steps, 1, generator)
-    errors["PGD margin, half the range:"] = {
-        "127.5": 100 * ((~right).sum() + out.sum()).item() / len(images)}
+    errors["PGD margin, half the range:"] = {"127.5": percent(out, wrong.sum().item())}
     steep = {name: slope(run, x, y, goal).abs().flatten(1).amax(1) for name, goal in goals.items()}
     return errors, {name: {"vanishing_percent": 100 * (g < 1e-6).double().mean().item(),
                            "median_largest": g.median().item()} for name, g in steep.items()}
@@ -514,9 +521,6 @@ def draw_robustness(groups, path):
         row[0].set_ylabel("error (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     train.save_figure(figure, path)
-
-
-PALETTE = (*COLOURS, "#E69F00", "#56B4E9", "#000000")                  # the rest of Okabe and Ito's
 
 
 def robustness(paths, n=300, steps=20, restarts=2, budgets=(1, 2, 4, 8), output_dir=None,

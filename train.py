@@ -1448,7 +1448,7 @@ def newest(wanted, finished=False):
     """The newest run in runs/ whose Config has the wanted fields, finished or not as asked."""
     for log in sorted(RUNS.glob("*/log.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-            config = json.loads(log.open().readline())["config"]
+            config = json.loads(log.read_text().partition("\n")[0])["config"]
             same = all(config[k] == v for k, v in json.loads(json.dumps(wanted)).items())
             if same and (finished or not (log.parent / "result.json").exists()):
                 return log.parent
@@ -1495,6 +1495,10 @@ def build_run(config, data, device):
     """A network with all that its training needs, before the first step."""
     torch.manual_seed(config.seed)
     net = make_model(config, len(data.classes), data.channels).to(device)
+    if config.channels_last and device.type == "cpu" and any(
+            isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
+            and m.in_channels < 8 for m in net.modules()):
+        config = dataclasses.replace(config, channels_last=False)   # torch 2.15 crashes in these
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     net = synchronised(net, device)
@@ -2201,6 +2205,7 @@ def draw_run(run, shown=24):
             axis.plot(epochs, [e[name] for e in run.history], ".-", color=colour,
                       label=name.replace("_", " "))
         axis.set(xlabel="epoch", ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
         axis.grid(alpha=0.3)
     n = len(run.data.test)
@@ -2254,7 +2259,8 @@ def draw_figure4(lines, title, path):
         loss = torch.tensor([r["curves"]["loss"] for r in found]).mean(0).tolist()
         axis.plot(range(1, len(loss) + 1), loss, "-" if "OT" in name else "--",
                   color=COLOURS["OT" in name], label=name)
-        axis.set(xlabel="epoch", ylabel="training loss, without the divergence")
+        axis.set(xlabel="epoch", ylabel="classification loss")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, path)
