@@ -31,8 +31,9 @@ Deviations from the print and the authors' released code, and readings of what n
     6  The skip of type I is a 3x3 convolution grouped by type, so that no type meets another
        outside the aide.  Coefficients have a bias that starts at 1: s = v1 + v2 + a correction.
     7  KL compares softmaxed features, KL(real || generated); the paper only names it.
-    8  Routing weights start with the variance that makes a first mean vote about one unit long;
-       the paper says "Gaussian".
+    8  Routing weights start at a scale that makes v a few tenths long at Table 1's size, neither
+       lost nor saturated by squash: 0.3 sqrt(types / in_dim), and sqrt(P) more in CapNet's second
+       layer, whose inputs differ at every position.  The paper says "Gaussian".
 """
 import inspect
 import math
@@ -368,12 +369,14 @@ class RoutedCapsules(nn.Module):
     routing: "dynamic" (softmax over "in" or "out" capsules) or "em";  bias: votes are W u + bias
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
         the last two are one number a pair (i, j) and need `positions`, the P of the inputs
+    gain: on the initial weights; 1 suits inputs alike at all positions, sqrt(P) independent ones
     u: (B, types, P, in_dim) -> v (B, out_capsules, out_dim)
     em: u, activation (B, types*P) -> pose (B, out_capsules, out_dim), activation (B, out_capsules)
     """
 
     def __init__(self, types, in_dim, out_capsules, out_dim, routing="dynamic", iterations=3, *,
-                 softmax="in", bias=False, b_init="zero", positions=None, factored=True):
+                 softmax="in", bias=False, b_init="zero", positions=None, gain=1.0,
+                 factored=True):
         super().__init__()
         check_positive(types=types, in_dim=in_dim, out_capsules=out_capsules, out_dim=out_dim,
                        iterations=iterations)
@@ -386,7 +389,8 @@ class RoutedCapsules(nn.Module):
             raise ValueError(f"positions=None: must be given with b_init={b_init!r}")
         self.types, self.in_dim, self.routing = types, in_dim, routing
         self.iterations, self.softmax, self.factored = iterations, softmax, factored
-        std = math.sqrt(types / in_dim)                                  # deviation 8
+        check_positive(float, gain=gain)
+        std = 0.3 * gain * math.sqrt(types / in_dim)                     # deviation 8
         self.weight = nn.Parameter(torch.randn(types, in_dim, out_capsules, out_dim) * std)
         self.bias = nn.Parameter(torch.zeros(types, out_capsules, out_dim)) if bias else None
         if b_init == "zero":
@@ -938,8 +942,10 @@ class CapNet(Network):
         self.stem, side = six_layer_stem(in_channels, types, image_size)
         options = dict(routing=routing, iterations=iterations, softmax=softmax, b_init=b_init,
                        factored=factored, positions=side ** 2)
-        self.routed = nn.ModuleList([RoutedCapsules(types, 8, types * side ** 2, 16, **options),
-                                     RoutedCapsules(types, 16, num_classes, 16, **options)])
+        gain = side if routing == "dynamic" else 1                       # deviation 8
+        self.routed = nn.ModuleList([
+            RoutedCapsules(types, 8, types * side ** 2, 16, **options),
+            RoutedCapsules(types, 16, num_classes, 16, gain=gain, **options)])
         if routing == "em":
             self.activation = nn.Sequential(nn.Conv2d(8 * types, types, 3, padding=1, bias=False),
                                             nn.BatchNorm2d(types), nn.Sigmoid())

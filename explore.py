@@ -267,8 +267,8 @@ def draw_feedback(run, figure, shown=4):
         made.append(unit.generate(high, low.shape[-2:]))
     both = list(zip(lows, made, strict=True))
     series = {"all channels": [match(a, b) for a, b in both],
-              "capsule length, mean over types": [match(strength(a), strength(b)) for a, b in both],
-              "the same of another image": [match(strength(a), strength(b.roll(1, 0)))
+              "capsule lengths": [match(strength(a), strength(b)) for a, b in both],
+              "lengths, other image": [match(strength(a), strength(b.roll(1, 0)))
                                             for a, b in both]}
     left, right = figure.subfigures(1, 2)
     for row, name, images in zip(left.subplots(2, shown), ("real", "generated"), both[0],

@@ -99,8 +99,10 @@ def linear(weight, seen):
 @pytest.mark.parametrize("steps, restarts", [(1, 1), (10, 2)])
 def test_attacks_on_a_linear_network_are_exact(steps, restarts):
     """The margin of linear scores can move by eps |w|_1 and no further."""
-    weight, x, eps, seen = torch.randn(12, 2), 0.4 + 0.2 * torch.rand(200, 3, 2, 2), 0.02, []
-    run = linear(weight - weight.mean(0), seen)
+    x, eps, seen = 0.4 + 0.2 * torch.rand(200, 3, 2, 2), 0.02, []
+    weight = torch.randn(12, 2)
+    weight -= weight.mean(0)                                           # both classes occur
+    run = linear(weight, seen)
     labels = run.scores(x).argmax(1)
     margin = -explore.rival(run.scores(x), labels)
     reach = eps * (weight[:, 0] - weight[:, 1]).abs().sum()

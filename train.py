@@ -1196,7 +1196,7 @@ def evaluate(run, multi_crop=False):
     if world() > 1:
         dist.all_reduce(hits)
     top1, top5, n = hits.tolist()
-    return {"error": 100 * (1 - top1 / n), "top5_error": 100 * (1 - top5 / n), "images": n}
+    return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n}
 
 
 @torch.no_grad()
@@ -1356,18 +1356,23 @@ def load_checkpoint(path, mend=False):
     raise Problem("; ".join(complaints) or f"no checkpoint (last.pt) in {folder}")
 
 
-def restore(run, state):
-    """Bring a fresh run to where a checkpoint of the same configuration left off."""
-    ours, theirs = identity(run.config), identity(Config(**state["config"]))
+def check_same(config, state):
+    """Refuse to resume a checkpoint of another configuration, and name the fields."""
+    ours, theirs = identity(config), identity(Config(**state["config"]))
     theirs["dataset"] = state["data"]["name"]
     changed = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
                if ours[name] != theirs[name]]
-    then, now = state["config"]["epochs"], run.config.epochs
-    if now < state["epoch"] or (now != then and run.config.schedule == "one-cycle"):
+    then, now = state["config"]["epochs"], config.epochs
+    if now < state["epoch"] or (now != then and config.schedule == "one-cycle"):
         changed.append(f"epochs {then!r} -> {now!r}")
     if changed:
-        raise Problem(f"{run.folder} was trained otherwise ({'; '.join(changed)}); only "
-                      "--epochs may grow, with --schedule steps")
+        raise Problem(f"{run_folder(config.resume)} was trained otherwise ({'; '.join(changed)}); "
+                      "only --epochs may grow, with --schedule steps")
+
+
+def restore(run, state):
+    """Bring a fresh run to where a checkpoint of the same configuration left off."""
+    check_same(run.config, state)
     try:
         if state["data"]["classes"] != run.data.classes:
             raise ValueError("other classes")
@@ -1376,7 +1381,7 @@ def restore(run, state):
         for name in SAVED:
             setattr(run, name, state[name])
         run.totals = run.totals.to(run.device)
-        run.header["config"]["epochs"] = now
+        run.header["config"]["epochs"] = run.config.epochs
         torch.set_rng_state(state["rng"])
         if run.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], run.device)
@@ -2407,8 +2412,10 @@ def train(given):
     """Plain training: a new run, or the rest of an old one, whose settings then hold."""
     if "resume" in given:
         given = with_run(given, finished=False)
-        stored = load_checkpoint(given["resume"])["config"]
-        result = fit(Config(**merge(stored, given)))
+        state = load_checkpoint(given["resume"])
+        config = Config(**merge(state["config"], given))
+        check_same(config, state)
+        result = fit(config)
     else:
         result = fit(make_config(**given))
     best = result["best_by_test_error"]
