@@ -34,6 +34,8 @@ Deviations from the print and the authors' released code, and readings of what n
     8  Routing weights start at a scale that makes v a few tenths long at Table 1's size, neither
        lost nor saturated by squash: 0.3 sqrt(types / in_dim), and sqrt(P) more in CapNet's second
        layer, whose inputs differ at every position.  The paper says "Gaussian".
+    9  The stem M0 is convolution, BatchNorm, ReLU, not squashed; the vanilla generator of Table 3
+       (d4) keeps BatchNorm and ReLU and drops grouping and squash.  The paper says neither.
 """
 import inspect
 import math
