@@ -278,11 +278,12 @@ def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
     return dynamic_rounds(u, W, b0, iterations, pool)
 
 
-def pairs(x, double):
-    """Products x_a x_b, a <= b, over the last axis, those with a < b times `double`."""
-    a, b = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return (x @ eye[:, a]) * (x @ (eye[:, b] * (1 + (double - 1) * (a != b))))
+def pairs(x, dim, double):
+    """Products x_a x_b, a <= b, along an axis, those with a < b times `double`."""
+    n = x.shape[dim]
+    a, b = torch.triu_indices(n, n, device=x.device)
+    scale = torch.where(a < b, double, 1).to(x).view(-1, *[1] * (-1 - dim))
+    return x.index_select(dim, a) * x.index_select(dim, b) * scale
 
 
 def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None):
@@ -291,33 +292,33 @@ def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None):
     With u = centre + x, a vote is delta + mu + W x, delta = W centre - mu; its distance from mu and
     the moments of all votes are then polynomials of degree 2 in x, whose monomials are phi.  Around
     the centre of each type and sample float32 loses nothing.
-    phi: (B, g, P, f), the monomials x_a x_b, x_a, 1;  log_a: (B, g, P, 1);  centre: (B, g, c)
-    W: (g, c, J, k);  mu, var (B, J, k), log_v (B, J) of the last M-step, or None: R is uniform
+    phi: (B, g, f, P), the monomials x_a x_b, x_a, 1;  log_a: (B, g, P, 1);  centre: (B, g, c)
+    W: (J, c, g, k);  mu, var (B, J, k), log_v (B, J) of the last M-step, or None: R is uniform
     -> over these types log sum R a (B, J), mean (B, J, k), variance (B, J, k)
     """
-    c, J = W.shape[1:3]
-    W2 = pairs(W.movedim(1, -1), 2).movedim(-1, 1)                       # (g, c(c+1)/2, J, k)
-    vote = torch.einsum("gcjk,bgc->bgjk", W, centre)                     # votes of the centres
+    J, c = W.shape[:2]
+    W2 = pairs(W, -3, 2)                                                 # (J, c(c+1)/2, g, k)
+    vote = torch.einsum("jcgk,bgc->bgjk", W, centre)                     # votes of the centres
     if mu is None:
         log_w = log_a - math.log(J)                                      # (B, g, P, 1)
     else:
         delta, p = vote - mu[:, None], 1 / (2 * var)
-        distance = phi @ torch.cat([                                     # (B, g, P, J)
-            torch.einsum("gfjk,bjk->bgfj", W2, p),
-            torch.einsum("gcjk,bgjk->bgcj", W, 2 * delta * p[:, None]),
+        distance = phi.mT @ torch.cat([                                  # (B, g, P, J)
+            torch.einsum("jfgk,bjk->bgfj", W2, p),
+            torch.einsum("jcgk,bgjk->bgcj", W, 2 * delta * p[:, None]),
             (delta.square() * p[:, None]).sum(-1)[:, :, None]], 2)
         log_p = (log_v - (2 * math.pi * var).log().sum(-1) / 2)[:, None, None] - distance
         log_w = log_p.log_softmax(-1) + log_a                            # Eq. (3)
     top = log_w.detach().amax((1, 2), keepdim=True)
     w = (log_w - top).exp()
-    T = (phi.mT @ w).expand(-1, -1, -1, J)                               # (B, g, f, J), of x
+    T = (phi @ w).expand(-1, -1, -1, J)                                  # (B, g, f, J), of x
     T2, T1, T0 = T.split((T.shape[2] - c - 1, c, 1), 2)
     mass = T0.sum(1)[:, 0, :, None]                                      # (B, J, 1), 1 or more
     T0 = T0.movedim(2, 3)                                                # (B, g, J, 1)
-    Wx = torch.einsum("gcjk,bgcj->bgjk", W, T1)
+    Wx = torch.einsum("jcgk,bgcj->bgjk", W, T1)
     mean = (T0 * vote + Wx).sum(1) / mass
     delta = vote - mean[:, None]
-    square = torch.einsum("gfjk,bgfj->bjk", W2, T2) + (delta * (2 * Wx + T0 * delta)).sum(1)
+    square = torch.einsum("jfgk,bgfj->bjk", W2, T2) + (delta * (2 * Wx + T0 * delta)).sum(1)
     return mass[..., 0].log() + top[:, 0, 0], mean, square / mass
 
 
@@ -338,18 +339,18 @@ def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3):
     """
     B, G, P, c = u.shape
     J, k = W.shape[2:]
-    centre = u.mean(2)
-    x = u - centre[:, :, None]
-    phi = torch.cat([pairs(x, 1), x, torch.ones_like(x[..., :1])], -1)   # (B, G, P, f)
-    size = max(1, 4 * BLOCK // (J * k * phi.shape[-1]))                  # types at once
+    size = min(G, max(1, 4 * BLOCK // (J * k * (c + 1) * (c + 2) // 2)))  # types at once
     samples = max(1, 2 * BLOCK // (J * P * size))                        # at once
     if B > samples:
         parts = [checkpoint(em_without_votes, *part, beta_v, beta_a, W, iterations)
                  for part in zip(u.split(samples), activation.split(samples), strict=True)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
+    centre = u.mean(2)
+    x = (u - centre[:, :, None]).mT                                      # (B, G, c, P)
+    phi = torch.cat([pairs(x, -2, 1), x, torch.ones_like(x[:, :, :1])], 2)   # (B, G, f, P)
     log_a = activation.clamp_min(torch.finfo(u.dtype).tiny).log().view(B, G, P, 1)
     inputs = (t.split(size, 1) for t in (phi, log_a, centre))
-    blocks = list(zip(*inputs, W.split(size), strict=True))
+    blocks = list(zip(*inputs, W.permute(2, 1, 0, 3).split(size, 2), strict=True))
     state = ()
     for r in range(iterations):
         parts = [checkpoint(em_moments, *block, *state) for block in blocks]
