@@ -1110,11 +1110,20 @@ def test_table_2_is_the_built_network(cli):
 
 
 def test_failing_rows_are_reported_and_the_others_go_on(cli, quick):
-    words = f"--table 3 {MINIATURE} --set depths=(1,1,1,1) --set types=2 --row '(b) KL'"
+    words = f"--table 3 {MINIATURE} --set width=broad --set types=2 --row '(b) KL'"
     done = cli(words)
-    assert_one_line(done, "1 runs failed", "ResNet", "depths", code=1)
+    assert_one_line(done, "1 runs failed", "ResNet", "width", code=1)
     cells = numbers(done.out, "(b) KL loss")
     assert "1 seed" in cells[-1] and cells[4] == "–"
+
+
+def test_a_tables_set_reaches_the_networks_that_have_it():
+    given = dict(set={"types": 8, "depths": (1,), "blocks": (1, 2), "tipes": 3})
+    narrow = {name: train.row_config(dict(model=name), given).set
+              for name in ("encapnet", "resnet18", "cnn-similar")}
+    assert narrow == {"encapnet": {"types": 8, "depths": (1,), "tipes": 3},
+                      "resnet18": {"width": 0.25, "blocks": (1, 2), "tipes": 3},
+                      "cnn-similar": {"width": 2.375 / 4, "tipes": 3}}
 
 
 @pytest.mark.parametrize("number", [2, 4])

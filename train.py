@@ -1503,7 +1503,9 @@ def build_run(config, data, device):
     if config.channels_last and device.type == "cpu" and any(
             isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
             and m.in_channels < 8 for m in net.modules()):
-        config = dataclasses.replace(config, channels_last=False)   # torch 2.15 crashes in these
+        say("--channels-last: off, torch 2.15 crashes in this network's narrow strided 1x1 "
+            "convolutions on a CPU")
+        config = dataclasses.replace(config, channels_last=False)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     net = synchronised(net, device)
@@ -1801,14 +1803,18 @@ def published():
 
 
 def row_config(*layers):
-    """A cell's Config.  types=T narrows a network that has no types by the same factor."""
+    """A cell's Config.  --set reaches the networks that take it; types=T narrows the others."""
     changes = merge(*layers)
-    types = changes["set"].get("types")
+    cls, usual = encapnet.MODELS.get(changes["model"], (None, {}))
+    wanted, types = changes["set"], changes["set"].get("types")
+    if cls:
+        mine = encapnet.keywords(cls)
+        known = {name for other, _ in encapnet.MODELS.values() for name in encapnet.keywords(other)}
+        wanted = {k: v for k, v in wanted.items() if k in mine or k not in known}
     if isinstance(types, int) and has_logits(changes["model"]):
-        usual = dict(encapnet.MODELS.get(changes["model"], (None, {}))[1]).get("width", 1.0)
-        rest = {k: v for k, v in changes["set"].items() if k != "types"}
-        changes["set"] = {"width": usual * types / 32, **rest}
-    return make_config(**changes)
+        rest = {k: v for k, v in wanted.items() if k != "types"}
+        wanted = {"width": usual.get("width", 1.0) * types / 32, **rest}
+    return make_config(**{**changes, "set": wanted})
 
 
 def part_columns(part, given):
