@@ -2109,78 +2109,6 @@ def render_runs(runs):
 
 
 # ------------------------------------------------------------------------------------------------
-# Bench
-# ------------------------------------------------------------------------------------------------
-
-
-def peak_memory(device):
-    """Bytes: of the device's allocator, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def random_data(config, device):
-    """A batch of random images of ten classes in place of a data set."""
-    g, side = torch.Generator().manual_seed(0), config.image_size
-    batch = config.batch_size // world()
-    images = torch.randint(256, (batch, 3, side, side), generator=g, dtype=torch.uint8).to(device)
-    split = Split(images, torch.randint(10, (batch,), generator=g).to(device))
-    half = torch.full((3,), 0.5, device=device)
-    return Data("random", [str(k) for k in range(10)], split, split, side, half, half / 2)
-
-
-def timed_steps(run, tick, seconds):
-    """Train for at least this long and three steps -> seconds a step, the device waited for."""
-    split = run.data.train
-    draws = torch.rand(len(split), 7, device=run.device)
-    begun = time.perf_counter()
-    for n in itertools.count(1):
-        tick(None)
-        train_step(run, split.images, split.labels, draws, tick)
-        if n >= 3 and time.perf_counter() - begun > seconds:
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            return (time.perf_counter() - begun) / n
-
-
-def bench(config, seconds=3.0):
-    """Throughput on random images, where a step's time goes, and peak memory; recorded."""
-    device = start(config)
-    data, before, parts, last = random_data(config, device), peak_memory(device), {}, [0.0]
-    run = build_run(config, data, device)
-    run.net.train()
-
-    def tick(part):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if part:
-            parts.setdefault(f"{part}_seconds", []).append(now - last[0])
-        last[0] = now
-
-    timed_steps(run, lambda part: None, 0)                # warm up
-    step = timed_steps(run, lambda part: None, seconds)
-    timed_steps(run, tick, seconds)
-    memory = (peak_memory(device) - before) / 1e6
-    line = {"model": config.model, "set": config.set, "batch": config.batch_size,
-            "image_size": config.image_size, "amp": config.amp, "compile": config.compile,
-            "parameters": sum(p.numel() for p in run.net.parameters()), "train_step_seconds": step,
-            "images_per_second": config.batch_size / step, "memory_MB": memory,
-            "device": environment(device)["device"],
-            **{part: statistics.median(times) for part, times in parts.items()}}
-    line["step_seconds"] = line["forward_seconds"] + line["backward_seconds"]
-    split = ", ".join(f"{part.split('_')[0]} {1e3 * line[part]:.1f}" for part in parts)
-    say(f"{config.model}, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
-        f"{line['device']}: {line['images_per_second']:,.1f} images/s, step {1e3 * step:.1f} ms "
-        f"({split}), peak memory {memory:,.0f} MB, {line['parameters']:,} parameters")
-    if rank() == 0:
-        record({"bench": line})
-
-
-# ------------------------------------------------------------------------------------------------
 # Figures
 # ------------------------------------------------------------------------------------------------
 
@@ -2357,8 +2285,9 @@ def make_parser():
                           help="render README's tables from results/")
     commands.add_argument("--check", action="store_true",
                           help="with --report: only compare, exit 1 if it differs")
-    commands.add_argument("--bench", nargs="?", const="step", choices=("step",),
-                          help="speed and memory of training")
+    commands.add_argument("--bench", nargs="?", const="step",
+                          choices=("step", "routing", "sinkhorn", "network", "scaling"),
+                          help="speed and memory of training, or of its parts beside others' code")
     commands.add_argument("--test-only", action="store_true", help="test the network of --resume")
     commands.add_argument("--predict", nargs="+", metavar="IMAGE",
                           help="classify with the network of --resume")
@@ -2467,7 +2396,8 @@ def command(commands, given):
     if "report" in commands:
         return report("check" in commands)
     if "bench" in commands:
-        return bench(make_config(**given))
+        from bench import run_bench
+        return run_bench(commands["bench"], make_config(**given))
     if "table" in commands or "figure" in commands:
         check_rows(commands, given)
         if "figure" in commands:
@@ -2506,4 +2436,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    from train import main  # the copy that bench.py imports too, with the same Problem
     sys.exit(main())

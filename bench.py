@@ -1,0 +1,477 @@
+"""Speed and memory: of training, and of its parts beside what a user would pick instead.
+
+    python train.py --bench                 a training step of a model: images/s, its parts, memory
+    python train.py --bench routing         routing without votes against routing of votes
+    python train.py --bench sinkhorn        the divergence against POT and geomloss
+    python train.py --bench network         EncapNet against a straightforward one; cost of feedback
+    python train.py --bench scaling         what grows how; draws runs/scaling.png
+
+Everything here is measured forward and backward.  On a CPU with one thread, each side in a process
+of its own, whose peak memory is then its own; on a GPU with the device waited for.
+"""
+import contextlib
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import torch
+
+import encapnet
+from encapnet import RoutedCapsules, squash
+from train import (
+    RUNS,
+    Data,
+    Split,
+    build_run,
+    canvas,
+    environment,
+    make_config,
+    pick_device,
+    rank,
+    record,
+    save_figure,
+    say,
+    start,
+    train_step,
+    world,
+)
+
+# ------------------------------------------------------------------------------------------------
+# A training step
+# ------------------------------------------------------------------------------------------------
+
+
+def peak_memory(device):
+    """Bytes: of the device's allocator, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def random_data(config, device):
+    """A batch of random images of ten classes in place of a data set."""
+    g, side = torch.Generator().manual_seed(0), config.image_size
+    batch = config.batch_size // world()
+    images = torch.randint(256, (batch, 3, side, side), generator=g, dtype=torch.uint8).to(device)
+    split = Split(images, torch.randint(10, (batch,), generator=g).to(device))
+    half = torch.full((3,), 0.5, device=device)
+    return Data("random", [str(k) for k in range(10)], split, split, side, half, half / 2)
+
+
+def timed_steps(run, tick, seconds):
+    """Train for at least this long and three steps -> seconds a step, the device waited for."""
+    split = run.data.train
+    draws = torch.rand(len(split), 7, device=run.device)
+    begun = time.perf_counter()
+    for n in itertools.count(1):
+        tick(None)
+        train_step(run, split.images, split.labels, draws, tick)
+        if n >= 3 and time.perf_counter() - begun > seconds:
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            return (time.perf_counter() - begun) / n
+
+
+def bench_step(config, seconds=3.0):
+    """Throughput on random images, where a step's time goes, and peak memory; recorded."""
+    device = start(config)
+    data, before, parts, last = random_data(config, device), peak_memory(device), {}, [0.0]
+    run = build_run(config, data, device)
+    run.net.train()
+
+    def tick(part):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if part:
+            parts.setdefault(f"{part}_seconds", []).append(now - last[0])
+        last[0] = now
+
+    timed_steps(run, lambda part: None, 0)                # warm up
+    step = timed_steps(run, lambda part: None, seconds)
+    timed_steps(run, tick, seconds)
+    memory = (peak_memory(device) - before) / 1e6
+    line = {"model": config.model, "set": config.set, "batch": config.batch_size,
+            "image_size": config.image_size, "amp": config.amp, "compile": config.compile,
+            "parameters": sum(p.numel() for p in run.net.parameters()), "train_step_seconds": step,
+            "images_per_second": config.batch_size / step, "memory_MB": memory,
+            "device": environment(device)["device"],
+            **{part: statistics.median(times) for part, times in parts.items()}}
+    line["step_seconds"] = line["forward_seconds"] + line["backward_seconds"]
+    split = ", ".join(f"{part.split('_')[0]} {1e3 * line[part]:.1f}" for part in parts)
+    say(f"{config.model}, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
+        f"{line['device']}: {line['images_per_second']:,.1f} images/s, step {1e3 * step:.1f} ms "
+        f"({split}), peak memory {memory:,.0f} MB, {line['parameters']:,} parameters")
+    if rank() == 0:
+        record({"bench": line})
+
+
+# ------------------------------------------------------------------------------------------------
+# Seconds and bytes of a function: a maker builds it, a process of its own runs it
+# ------------------------------------------------------------------------------------------------
+
+
+def timed(step, device, budget=2.0):
+    """Median seconds of step() after a first call, over `budget` seconds or three calls."""
+    def once():
+        begun = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    first, times = once(), []
+    while len(times) < (3 if first < 10 else 1) or sum(times) < budget:
+        times.append(once())
+    return statistics.median(times)
+
+
+def extra_memory(step, device):
+    """Bytes that one call needs at its peak beside what lives already."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        with open("/proc/self/statm") as file:
+            before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    step()
+    return max(0, peak_memory(device) - before)
+
+
+def costs_here(what, cases, device):
+    """[what(step)] of cases (maker, its arguments ...), the smallest first as a warm-up."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    results = []
+    for maker, *arguments in cases:
+        torch.manual_seed(0)
+        results.append(what(maker(*arguments, device), device))
+    return results
+
+
+def costs(cases, device):
+    """Seconds and bytes of every case; cases in growing order, the first is only a warm-up."""
+    columns = []
+    for what in (timed, extra_memory):
+        if device.type == "cuda":
+            columns.append(costs_here(what, cases, device))
+            continue
+        # glibc by default keeps freed arrays, and the peak would count them again and again
+        os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+        if what is extra_memory:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            columns.append(pool.submit(costs_here, what, cases, str(device)).result())
+    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+    return list(zip(*columns, strict=True))[1:]
+
+
+def compare(what, ours, peers, device):
+    """Print and record ratios.   ours: (seconds, bytes or None);  peers: {name: the same}"""
+    where = environment(device)
+    for name, (seconds, memory) in peers.items():
+        line = {"what": what, "instead": name, "ours_seconds": ours[0], "seconds": seconds,
+                "ours_MB": ours[1] and ours[1] / 1e6, "MB": memory and memory / 1e6,
+                "device": where["device"] if device.type == "cuda" else "CPU, 1 thread",
+                "commit": where["commit"], "torch": where["torch"], "command": where["command"]}
+        text = f"{what}: {1e3 * ours[0]:,.1f} ms; {name} {1e3 * seconds:,.1f} ms, " \
+               f"{seconds / ours[0]:.2f}x"
+        if memory:
+            text += f"; memory {line['ours_MB']:,.0f} MB; {line['MB']:,.0f} MB, " \
+                    f"{memory / ours[1]:.1f}x"
+        say(text)
+        record({"speed": line})
+
+
+# ------------------------------------------------------------------------------------------------
+# Routing
+# ------------------------------------------------------------------------------------------------
+
+TABLE_1 = dict(types=32, positions=64, in_dim=8, out=2048, out_dim=16)         # of 2,048 x 2,048
+DIGITCAPS = dict(types=1152, positions=1, in_dim=8, out=10, out_dim=16)        # Sabour et al. 2017
+TINY = dict(types=2, positions=16, in_dim=8, out=16, out_dim=16)               # warm-up
+
+
+def textbook_routing(u, W, iterations=3):
+    """Dynamic routing as it is commonly written: broadcast products, then sums.
+
+    u: (B, i, c);  W: (i, j, d, c) -> v (B, j, d)
+    """
+    votes = (W[None] @ u[:, :, None, :, None]).squeeze(-1)               # (B, i, j, d)
+    b = votes.new_zeros(votes.shape[:3])
+    for r in range(iterations):
+        v = squash((b.softmax(2)[..., None] * votes).sum(1))
+        if r < iterations - 1:
+            b = b + (votes * v[:, None]).sum(-1)
+    return v
+
+
+def routing_step(routing, form, batch, shape, device, iterations=3):
+    """Forward and backward of a routed layer.   form: "factored", "votes", "textbook" """
+    types, positions, in_dim, out, out_dim = shape.values()
+    layer = RoutedCapsules(types, in_dim, out, out_dim, routing, iterations,
+                           softmax="out" if positions == 1 else "in",
+                           factored=form == "factored").to(device)
+    u = torch.randn(batch, types, positions, in_dim).relu().to(device).requires_grad_()
+    a = torch.rand(batch, types * positions).to(device)
+    g = torch.randn(batch, out, out_dim).to(device)
+    W = layer.weight.detach().permute(0, 2, 3, 1).contiguous().requires_grad_()
+    layer.weight.grad, W.grad = torch.zeros_like(layer.weight), torch.zeros_like(W)
+
+    def step():
+        if form == "textbook":
+            v = textbook_routing(u[:, :, 0], W, iterations)
+        else:
+            v = layer(u, a)[0] if routing == "em" else layer(u)
+        (v * g).sum().backward()
+    return step
+
+
+def bench_routing(device, batches=(1, 4, 128), shape=TABLE_1):
+    """The layer of Table 1 without votes and with; Sabour's DigitCaps against textbook code."""
+    for routing, batch in itertools.product(("dynamic", "em"), batches):
+        what = f"{routing} routing, batch {batch}"
+        def cost(form, routing=routing, batch=batch):
+            return costs([(routing_step, routing, form, 1, TINY),
+                          (routing_step, routing, form, batch, shape)], device)[0]
+        if batch > 4 and device.type == "cpu":                           # 400 GB of votes
+            seconds, memory = cost("factored")
+            say(f"{what}: {seconds:,.1f} s, memory {memory / 1e6:,.0f} MB")
+            record({"speed": {"what": what, "instead": None, "ours_seconds": seconds,
+                              "ours_MB": memory / 1e6, "device": "CPU, 1 thread",
+                              **{k: environment(device)[k] for k in ("commit", "torch",
+                                                                     "command")}}})
+        else:
+            compare(what, cost("factored"), {"votes": cost("votes")}, device)
+    for batch in (1, 16, 64):
+        form = {name: costs([(routing_step, "dynamic", name, 1, TINY | dict(positions=1)),
+                             (routing_step, "dynamic", name, batch, DIGITCAPS)], device)[0]
+                for name in ("factored", "textbook")}
+        compare(f"DigitCaps 1152x8 -> 10x16, batch {batch}", form["factored"],
+                {"textbook code": form["textbook"]}, device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimal transport
+# ------------------------------------------------------------------------------------------------
+
+EPS, ITERATIONS = 0.1, 10
+
+
+def cosine_costs(x, y):
+    return torch.stack([encapnet.cosine_cost(*pair) for pair in ((x, y), (x, x), (y, y))])
+
+
+def with_pot(x, y):
+    """Eq. (11) by ot.sinkhorn, a problem at a time, plan detached."""
+    import ot
+
+    def W(x, y):
+        Q = encapnet.cosine_cost(x, y)
+        a, b = (torch.full((n,), 1 / n).to(Q) for n in Q.shape)
+        plan = ot.sinkhorn(a, b, Q.detach(), EPS, numItermax=ITERATIONS, stopThr=0, warn=False)
+        return (Q * plan).sum()
+    return 2 * W(x, y) - W(x, x) - W(y, y)
+
+
+def with_pot_batch(solve, x, y):
+    """Eq. (11) by a batch solver of POT, its three problems at once."""
+    Q = cosine_costs(x, y)
+    marginals = [torch.full(Q.shape[:-1], 1 / n).to(Q) for n in Q.shape[1:]]
+    if solve == "projection":
+        from ot.batch import bregman_projection_batch
+        plan = bregman_projection_batch((-Q.detach() / EPS).exp(), *marginals,
+                                        max_iter=ITERATIONS, tol=0)["T"]
+    else:
+        from ot.batch import solve_batch
+        plan = solve_batch(Q.detach(), EPS, *marginals, max_iter=ITERATIONS, tol=0, method=solve,
+                           grad="detach").plan
+    return encapnet.debias(*(Q * plan).sum((1, 2)))
+
+
+def with_geomloss(loss, x, y):
+    return 2 * loss(x, y)                                                # it halves Eq. (11)
+
+
+def divergences():
+    """{name: function (x, y) -> divergence} of what is installed."""
+    found = {"ot.sinkhorn": with_pot}
+    for solve in ("projection", "sinkhorn", "log_sinkhorn"):
+        found[f"POT batch, {solve}"] = partial(with_pot_batch, solve)
+    try:
+        from geomloss import SamplesLoss
+        loss = SamplesLoss("sinkhorn", p=1, blur=EPS, diameter=2, backend="tensorized",
+                           cost=encapnet.cosine_cost)
+        found["geomloss"] = partial(with_geomloss, loss)
+    except ImportError:
+        say("geomloss is not installed (pip install geomloss): left out")
+    return found
+
+
+def divergence_step(name, batch, dim, device, problems=1):
+    """Forward and backward of Eq. (11) between two batches of features, `problems` times."""
+    x, y = (torch.randn(problems, batch, dim).to(device).requires_grad_() for _ in range(2))
+    if name == "ours":
+        return lambda: encapnet.sinkhorn_divergence(x, y, EPS, ITERATIONS).sum().backward()
+    if name == "ours, one by one":
+        return lambda: sum(map(encapnet.sinkhorn_divergence, x, y)).backward()
+    function = divergences()[name]
+    return lambda: sum(map(function, x, y)).backward()
+
+
+def bench_sinkhorn(device, batch=128, dim=16, units=8):
+    """One divergence against POT and geomloss; those of all units of a step against a loop."""
+    def seconds(name, problems=1):
+        return costs_here(timed, [(divergence_step, name, batch, dim)], device)[0] \
+            if problems == 1 else timed(divergence_step(name, batch, dim, device, problems), device)
+
+    compare(f"divergence of two {batch}x{dim} batches", (seconds("ours"), None),
+            {name: (seconds(name), None) for name in divergences()}, device)
+    compare(f"divergences of {units} units", (seconds("ours", units), None),
+            {"one by one": (seconds("ours, one by one", units), None)}, device)
+
+
+# ------------------------------------------------------------------------------------------------
+# EncapNet
+# ------------------------------------------------------------------------------------------------
+
+
+def plain_squash_image(s, types):
+    """squash_image as it is commonly written: capsules permuted to the last axis and back."""
+    B, C, H, W = s.shape
+    s = s.reshape(B, types, C // types, H, W).permute(0, 1, 3, 4, 2).contiguous()
+    length = s.norm(dim=-1, keepdim=True)
+    v = length ** 2 / (1 + length ** 2) * s / (length + 1e-8)
+    return v.permute(0, 1, 4, 2, 3).contiguous().view(B, C, H, W)
+
+
+def network_step(form, feedback, batch, model, changes, device):
+    """A training step of a network, plain or as train.py runs it (channels_last)."""
+    ours = form == "ours"
+    config = make_config(dataset="cifar10", model=model, batch_size=batch, device=str(device),
+                         channels_last=ours, set={**changes, "feedback": feedback})
+    run = build_run(config, random_data(config, device), device)
+    run.net.train()
+    draws = torch.rand(batch, 7, device=device)
+
+    def step():
+        before = encapnet.squash_image
+        encapnet.squash_image = before if ours else plain_squash_image
+        try:
+            train_step(run, run.data.train.images, run.data.train.labels, draws)
+        finally:
+            encapnet.squash_image = before
+    return step
+
+
+def bench_network(device, batch=None, model="encapnet", changes=None):
+    """EncapNet v1 against permuting code in torch's default layout; what feedback units add."""
+    batch, changes = batch or (128 if device.type == "cuda" else 16), changes or {}
+
+    def cost(*case):
+        return costs([(network_step, *case, 2, "encapnet-small", {}),
+                      (network_step, *case, batch, model, changes)], device)[0]
+
+    bare = cost("ours", 0)
+    compare(f"{model} without feedback, batch {batch}", bare, {"plain code": cost("plain", 0)},
+            device)
+    for units in (1, 2):
+        compare(f"{model} without feedback, batch {batch}", bare,
+                {f"with {units} unit{'s' * (units > 1)} a module": cost("ours", units)}, device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Growth
+# ------------------------------------------------------------------------------------------------
+
+
+def small_routing_step(routing, batch, types, iterations, device):
+    shape = dict(types=types, positions=64, in_dim=8, out=64 * types, out_dim=16)
+    return routing_step(routing, "factored", batch, shape, device, iterations)
+
+
+def small_network_step(batch, side, device):
+    model = encapnet.build("encapnet-small", image_size=side, stem_stride=1).to(device)
+    x = torch.randn(batch, 3, side, side).to(device, memory_format=torch.channels_last)
+    target = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def step():
+        scores, feedback = model(x)
+        (encapnet.margin_loss(scores, target) + feedback).backward()
+    return step
+
+
+SWEEPS = [    # axis, its values, {curve: value -> case}
+    ("batch", (2, 4, 8, 16, 32), {
+        "dynamic": lambda n: (small_routing_step, "dynamic", n, 8, 3),
+        "EM": lambda n: (small_routing_step, "em", n, 8, 3),
+        "EncapNet": lambda n: (small_network_step, n, 32)}),
+    ("capsules, lower and higher", (128, 256, 512, 1024), {
+        "dynamic": lambda n: (small_routing_step, "dynamic", 4, n // 64, 3),
+        "EM": lambda n: (small_routing_step, "em", 4, n // 64, 3)}),
+    ("routing iterations", (1, 2, 4, 8), {
+        "dynamic": lambda n: (small_routing_step, "dynamic", 4, 8, n),
+        "EM": lambda n: (small_routing_step, "em", 4, 8, n)}),
+    ("side of the image", (16, 32, 64, 128), {
+        "EncapNet": lambda n: (small_network_step, 8, n)}),
+    ("samples of a divergence", (64, 128, 256, 512, 1024), {
+        "Sinkhorn": lambda n: (divergence_step, "ours", n, 16)}),
+]
+STYLES = {"dynamic": ("#0072B2", "o"), "EM": ("#D55E00", "s"), "EncapNet": ("#009E73", "^"),
+          "Sinkhorn": ("#CC79A7", "D")}
+
+
+def exponent(x, y):
+    """Slope of a straight line through log y against log x."""
+    x, y = (torch.tensor(z, dtype=torch.float64).log() for z in (x, y))
+    return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+
+
+def bench_scaling(device, sweeps=SWEEPS):
+    """Time and memory against batch, capsules, iterations, image side, samples; log axes."""
+    figure, axes = canvas(2, len(sweeps), 3.2 * len(sweeps), 3.2)
+    for column, (axis, values, curves) in enumerate(sweeps):
+        for name, case in curves.items():
+            rows = costs([case(values[0]), *map(case, values)], device)
+            colour, marker = STYLES[name]
+            for row, (y, unit) in enumerate(zip(zip(*rows, strict=True), ("s", "bytes"),
+                                                strict=True)):
+                if min(y) > 0:
+                    slope = exponent(values, y)
+                    say(f"{name}, {unit} against {axis}: exponent {slope:.2f}")
+                    record({"scaling": {"of": name, "what": unit, "against": axis,
+                                        "values": values, "measured": y, "exponent": slope,
+                                        "device": environment(device)["device"]}})
+                    axes[row][column].plot(values, [v / (1, 1e6)[row] for v in y], marker=marker,
+                                           color=colour, label=f"{name}  n^{slope:.2f}")
+        for row, label in enumerate(("seconds", "MB beside what lives")):
+            axes[row][column].set(xscale="log", yscale="log", xlabel=axis,
+                                  ylabel=label if column == 0 else "")
+            axes[row][column].set_xticks(values, map(str, values))
+            axes[row][column].minorticks_off()
+            axes[row][column].grid(alpha=0.3)
+            axes[row][column].legend(fontsize=8)
+    save_figure(figure, RUNS / "scaling.png")
+
+
+BENCHES = {"routing": bench_routing, "sinkhorn": bench_sinkhorn, "network": bench_network,
+           "scaling": bench_scaling}
+
+
+def run_bench(name, config):
+    """--bench NAME."""
+    if name == "step":
+        return bench_step(config)
+    device = pick_device(config.device)
+    threads = torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        BENCHES[name](start(config) if device.type == "cuda" else device)
