@@ -37,6 +37,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
+import bench
 import encapnet
 import train
 from train import CELL, GLYPH, POSE, TYPEFACES, draw_digits, pose_glyphs, rasterise
@@ -1044,7 +1045,7 @@ MINIATURE = "--dataset folder --epochs 1 --train-images 8 --test-images 6 --batc
 def quick(monkeypatch):
     """No picture of each run; no second in which to time; Table 1's processes are this one."""
     monkeypatch.setattr(train, "draw_run", lambda run: None)
-    monkeypatch.setattr(train, "bench", functools.partial(train.bench, seconds=0))
+    monkeypatch.setattr(bench, "bench_step", functools.partial(bench.bench_step, seconds=0))
     true = subprocess.run
 
     def started(command, *arguments, **keywords):
@@ -1098,8 +1099,8 @@ def test_table_1_measures_cost(cli, quick):
     cost = numbers(text, "(c) vanilla CNN, same shape")
     assert cost[0] == "128" and float(cost[2]) < 24.44 and "CPU" in cost[8], cost
     assert "±" in text and "2 seeds" in text
-    benches = [json.loads(line)["bench"]
-               for line in Path("runs/results.jsonl").read_text().splitlines() if "bench" in line]
+    lines = map(json.loads, Path("runs/results.jsonl").read_text().splitlines())
+    benches = [line["bench"] for line in lines if "bench" in line]
     assert [b["batch"] for b in benches] == [128]
 
 

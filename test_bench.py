@@ -1,0 +1,151 @@
+"""The benches compare equal functions, run, and (pytest -m speed) reach the ratios of the README.
+
+Timings prove nothing on a busy machine: the ratios are asserted on request only.
+"""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import encapnet
+import train
+
+CPU = torch.device("cpu")
+
+
+def test_textbook_routing_is_the_same_function():
+    layer = encapnet.RoutedCapsules(30, 8, 5, 16, softmax="out").double()
+    u = torch.randn(2, 30, 1, 8, dtype=torch.float64)
+    W = layer.weight.permute(0, 2, 3, 1)
+    torch.testing.assert_close(bench.textbook_routing(u[:, :, 0], W), layer(u))
+
+
+def test_plain_squash_is_the_same_function():
+    image = torch.randn(2, 12, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(bench.plain_squash_image(image, 3), encapnet.squash_image(image, 3),
+                               rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, skipped, error", [     # 10 iterations in another order
+    ("ot.sinkhorn", 0, 0.1), ("POT batch, projection", 0, 0.1), ("POT batch, sinkhorn", 0, 0.1),
+    ("POT batch, log_sinkhorn", 0, 0.1), ("geomloss", 1, 0.3)])        # it adds an entropy, anneals
+def test_peers_compute_the_same_divergence_and_gradient(name, skipped, error):
+    peers = bench.divergences()
+    if name not in peers:
+        pytest.skip("geomloss is not installed")
+    x, y = torch.randn(2, 16, 6, dtype=torch.float64).add(torch.tensor([[[0.5]], [[0.0]]]))
+    results = []
+    for function in (encapnet.sinkhorn_divergence, peers[name]):
+        x = x.detach().requires_grad_()
+        value = function(x, y)
+        results.append((value.detach(), *torch.autograd.grad(value, x)))
+    for ours, theirs in list(zip(*results, strict=True))[skipped:]:
+        assert (ours - theirs).norm() < error * ours.norm()
+
+
+def test_exponent_is_the_power():
+    assert bench.exponent((1, 2, 4, 8), [3 * n ** 1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
+
+
+def test_costs_come_from_a_process_of_their_own():
+    case = (bench.routing_step, "dynamic", "votes", 8, bench.TINY)
+    (seconds, memory), = bench.costs([case, case], CPU)
+    assert seconds > 0 and memory >= 0
+
+
+@pytest.fixture
+def at_once(monkeypatch, tmp_path):
+    """One call a measurement, in this process, into an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "costs", lambda cases, device: [
+        (1.0, 1.0) for _ in bench.costs_here(lambda step, device: step(), cases[1:], device)])
+    monkeypatch.setattr(bench, "timed", lambda step, device: step() or 1.0)
+
+
+def speed_lines():
+    lines = map(json.loads, Path("runs/results.jsonl").read_text().splitlines())
+    return [line["speed"] for line in lines if "speed" in line]
+
+
+def test_routing_in_miniature(at_once):
+    bench.bench_routing(CPU, (1,), bench.TINY)
+    assert [line["instead"] for line in speed_lines()] == ["votes"] * 2 + ["textbook code"] * 3
+
+
+def test_sinkhorn_in_miniature(at_once):
+    bench.bench_sinkhorn(CPU, 8, 4, 2)
+    assert speed_lines()[0]["instead"] == "ot.sinkhorn"
+
+
+def test_network_in_miniature(at_once):
+    bench.bench_network(CPU, 2, "encapnet", dict(types=2, depths=(1,), dims=(1, 2)))
+    assert [line["instead"] for line in speed_lines()] == [
+        "plain code", "with 1 unit a module", "with 2 units a module"]
+
+
+def test_scaling_in_miniature(at_once):
+    sweeps = [("batch", (1, 2), {"EM": lambda n: (bench.small_routing_step, "em", n, 1, 1)}),
+              ("side of the image", (8, 16), {
+                  "EncapNet": lambda n: (bench.small_network_step, 2, n)})]
+    bench.bench_scaling(CPU, sweeps)
+    assert Path("runs/scaling.png").stat().st_size > 10_000
+
+
+def test_bench_from_the_command_line(monkeypatch, capsys):
+    called = []
+    monkeypatch.setitem(bench.BENCHES, "sinkhorn", called.append)
+    assert train.main(["--bench", "sinkhorn", "--device", "cpu"]) == 0 and called == [CPU]
+    assert train.main(["--bench", "speed"]) == 2
+    assert "routing" in capsys.readouterr().err
+
+
+# The targets, least ratio of time and of memory: pytest -m speed, on a quiet machine
+
+ROUTING = [("dynamic", 1, 4, 5), ("dynamic", 4, 10, 25), ("em", 1, 2, 12), ("em", 4, 5, 50)]
+
+
+@pytest.mark.speed
+@pytest.mark.parametrize("routing, batch, faster, leaner", ROUTING)
+def test_speed_of_routing_without_votes(routing, batch, faster, leaner):
+    warm = (bench.routing_step, routing, "factored", 1, bench.TINY)
+    ours, votes = (bench.costs([warm, (bench.routing_step, routing, form, batch, bench.TABLE_1)],
+                               CPU)[0] for form in ("factored", "votes"))
+    assert votes[0] > faster * ours[0] and votes[1] > leaner * ours[1]
+
+
+@pytest.mark.speed
+@pytest.mark.parametrize("routing, limit", [("dynamic", 0.5e9), ("em", 1.5e9)])
+def test_memory_at_batch_128(routing, limit):
+    case = (bench.routing_step, routing, "factored", 128, bench.TABLE_1)
+    assert bench.costs([(bench.routing_step, routing, "factored", 1, bench.TINY), case],
+                       CPU)[0][1] < limit
+
+
+@pytest.mark.speed
+@pytest.mark.parametrize("batch, faster", [(1, 0.95), (16, 1.5), (64, 1.5)])
+def test_speed_of_digitcaps(batch, faster):
+    ours, plain = (bench.costs_here(bench.timed, [(bench.routing_step, "dynamic", form, batch,
+                                                   bench.DIGITCAPS)], CPU)[0]
+                   for form in ("factored", "textbook"))
+    assert plain > faster * ours
+
+
+@pytest.mark.speed
+@pytest.mark.parametrize("name, faster", [("ot.sinkhorn", 2.5), ("geomloss", 3),
+                                          ("POT batch, projection", 1.15)])
+def test_speed_of_the_divergence(name, faster):
+    if name not in bench.divergences():
+        pytest.skip("geomloss is not installed")
+    ours, peer = (bench.costs_here(bench.timed, [(bench.divergence_step, which, 128, 16)], CPU)[0]
+                  for which in ("ours", name))
+    assert peer > faster * ours
+
+
+@pytest.mark.speed
+def test_speed_of_encapnet():
+    bare, plain, unit = (bench.costs_here(bench.timed, [(bench.network_step, form, units, 16,
+                                                         "encapnet", {})], CPU)[0]
+                         for form, units in (("ours", 0), ("plain", 0), ("ours", 1)))
+    assert plain > 1.3 * bare and unit < 1.25 * bare
