@@ -119,7 +119,7 @@ def bench_step(config, seconds=3.0):
 
 
 def timed(step, device, budget=2.0):
-    """Median seconds of step() after a first call, over `budget` seconds or three calls."""
+    """Median seconds of step() over `budget` or three calls, after a first, or of that if long."""
     def once():
         begun = time.perf_counter()
         step()
@@ -128,9 +128,9 @@ def timed(step, device, budget=2.0):
         return time.perf_counter() - begun
 
     first, times = once(), []
-    while len(times) < (3 if first < 10 else 1) or sum(times) < budget:
+    while first < 60 and (len(times) < (3 if first < 10 else 1) or sum(times) < budget):
         times.append(once())
-    return statistics.median(times)
+    return statistics.median(times or [first])
 
 
 def extra_memory(step, device):
@@ -164,10 +164,10 @@ def costs(cases, device):
         if device.type == "cuda":
             columns.append(costs_here(what, cases, device))
             continue
-        # glibc by default keeps freed arrays, and the peak would count them again and again
+        # by default glibc keeps small arrays that were freed, between others that live
         os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
         if what is extra_memory:
-            os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             columns.append(pool.submit(costs_here, what, cases, str(device)).result())
     os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
