@@ -31,6 +31,7 @@ from train import (
     canvas,
     environment,
     make_config,
+    markdown,
     pick_device,
     rank,
     record,
@@ -175,20 +176,35 @@ def costs(cases, device):
 
 
 def compare(what, ours, peers, device):
-    """Print and record ratios.   ours: (seconds, bytes or None);  peers: {name: the same}"""
+    """Print and record.   ours: (seconds, bytes or None);  peers: {name: the same or None}"""
     where = environment(device)
-    for name, (seconds, memory) in peers.items():
+    for name, theirs in peers.items():
+        seconds, memory = theirs or (None, None)
         line = {"what": what, "instead": name, "ours_seconds": ours[0], "seconds": seconds,
                 "ours_MB": ours[1] and ours[1] / 1e6, "MB": memory and memory / 1e6,
                 "device": where["device"] if device.type == "cuda" else "CPU, 1 thread",
                 "commit": where["commit"], "torch": where["torch"], "command": where["command"]}
-        text = f"{what}: {1e3 * ours[0]:,.1f} ms; {name} {1e3 * seconds:,.1f} ms, " \
-               f"{seconds / ours[0]:.2f}x"
-        if memory:
-            text += f"; memory {line['ours_MB']:,.0f} MB; {line['MB']:,.0f} MB, " \
-                    f"{memory / ours[1]:.1f}x"
-        say(text)
-        record({"speed": line})
+        say(" | ".join(speed_row(line)))
+        if rank() == 0:
+            record({"speed": line})
+
+
+def speed_row(line):
+    """Cells of a comparison: what, ours, instead, theirs, ratio, memory ours, theirs, ratio."""
+    cells = []
+    for unit, scale, digits in (("seconds", 1e3, 1), ("MB", 1, 0)):
+        ours, theirs = line[f"ours_{unit}"], line.get(unit)
+        cells.append([f"{scale * x:,.{digits}f}" if x else "–" for x in (ours, theirs)]
+                     + [f"{theirs / ours:.2f}" if ours and theirs else "–"])
+    return [line["what"], line["instead"] or "–", *cells[0], *cells[1], line["device"]]
+
+
+def render_speed(entries):
+    """README's table of the comparisons that results/ holds; later lines win."""
+    lines = {(e["speed"]["what"], e["speed"]["instead"]): e["speed"]
+             for e in entries if "speed" in e}
+    return markdown(["forward and backward", "instead", "ms: ours", "instead", "ratio",
+                     "MB: ours", "instead", "ratio", "device"], map(speed_row, lines.values()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -242,15 +258,8 @@ def bench_routing(device, batches=(1, 4, 128), shape=TABLE_1):
         def cost(form, routing=routing, batch=batch):
             return costs([(routing_step, routing, form, 1, TINY),
                           (routing_step, routing, form, batch, shape)], device)[0]
-        if batch > 4 and device.type == "cpu":                           # 400 GB of votes
-            seconds, memory = cost("factored")
-            say(f"{what}: {seconds:,.1f} s, memory {memory / 1e6:,.0f} MB")
-            record({"speed": {"what": what, "instead": None, "ours_seconds": seconds,
-                              "ours_MB": memory / 1e6, "device": "CPU, 1 thread",
-                              **{k: environment(device)[k] for k in ("commit", "torch",
-                                                                     "command")}}})
-        else:
-            compare(what, cost("factored"), {"votes": cost("votes")}, device)
+        votes = cost("votes") if batch <= 4 else None                    # or hundreds of GB
+        compare(what, cost("factored"), {"votes": votes}, device)
     for batch in (1, 16, 64):
         form = {name: costs([(routing_step, "dynamic", name, 1, TINY | dict(positions=1)),
                              (routing_step, "dynamic", name, batch, DIGITCAPS)], device)[0]

@@ -1143,14 +1143,17 @@ def test_report_renders_and_checks(cli, quick):
     assert cli(f"--table 5 {MINIATURE} --set types=2 --row 4").code == 0
     words = f"5 {MINIATURE} --set types=2"
     Path("README.md").write_text(f"before\n<!-- table {words} -->\nstale\n<!-- end -->\nafter\n"
-                                 "<!-- runs -->\n<!-- end -->\n")
+                                 "<!-- runs -->\n<!-- end -->\n<!-- speed -->\n<!-- end -->\n")
     assert_one_line(cli("--report --check"), "does not agree", code=1)
+    bench.compare("squash", (0.002, None), {"loops": (0.005, 3e6)}, torch.device("cpu"))
+    bench.compare("squash", (0.002, 2e6), {"loops": (0.006, 3e6)}, torch.device("cpu"))
     Path("results").mkdir()
     shutil.copy("runs/results.jsonl", "results/all.jsonl")
     assert cli("--report").code == 0 and cli("--report --check").code == 0
     text = Path("README.md").read_text()
     assert text.startswith("before") and "after" in text and "stale" not in text
     assert "1 seed" in numbers(text, "4")[-1] and f"--table {words}" in text
+    assert numbers(text, "squash") == [*"loops 2.0 6.0 3.00 2 3 1.50".split(), "CPU, 1 thread"]
     Path("README.md").write_text(text.replace("14.25", "14.26"))
     assert_one_line(cli("--report --check"), "does not agree", code=1)
 

@@ -1784,18 +1784,19 @@ FIGURES = {
 # ------------------------------------------------------------------------------------------------
 
 
-def read_results(*files):
-    """{(config key, seed): result} and the bench lines of JSON-lines files; later lines win."""
-    runs, benches = {}, []
+def read_lines(*files):
+    """The entries of JSON-lines files, without a torn last line."""
     for file in files:
         for line in file.read_text().splitlines() if file.exists() else ():
-            with contextlib.suppress(ValueError, KeyError):              # a torn last line
-                entry = json.loads(line)
-                if "bench" in entry:
-                    benches.append(entry["bench"])
-                else:
-                    runs[entry["key"], entry["seed"]] = entry
-    return runs, benches
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+
+def read_results(*files):
+    """{(config key, seed): result}, later lines win, and the lines of --bench."""
+    entries = list(read_lines(*files))
+    return ({(e["key"], e["seed"]): e for e in entries if "key" in e},
+            [e["bench"] for e in entries if "bench" in e])
 
 
 def published():
@@ -2083,6 +2084,9 @@ def report(check):
         words = shlex.split(match[1])
         if words[0] == "runs":
             return f"<!-- {match[1]} -->\n{render_runs(runs)}\n<!-- end -->"
+        if words[0] == "speed":
+            from bench import render_speed
+            return f"<!-- {match[1]} -->\n{render_speed(read_lines(*published()))}\n<!-- end -->"
         _, given = parse(words[2:])
         command = f"`python train.py --table {' '.join(words[1:])}`"
         table = render_table(int(words[1]), given, (runs, benches))
@@ -2091,7 +2095,8 @@ def report(check):
     if not README.exists():
         raise Problem(f"no {README} here")
     before = README.read_text()
-    after = re.sub(r"<!-- ((?:table \d|runs)[^>]*?) -->\n.*?<!-- end -->", fill, before, flags=re.S)
+    block = r"<!-- ((?:table \d|runs|speed)[^>]*?) -->\n.*?<!-- end -->"
+    after = re.sub(block, fill, before, flags=re.S)
     if after != before and check:
         raise Problem(f"{README} does not agree with {PUBLISHED}/: run python train.py --report", 1)
     if after != before:
