@@ -20,6 +20,9 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
+import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import encapnet
 from encapnet import RoutedCapsules, squash
@@ -382,6 +385,47 @@ def network_step(form, feedback, batch, model, changes, device):
     return step
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that every operation reads and writes, views aside."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        read = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        written = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if not operation.is_view:
+            self.bytes += sum(x.numel() * x.element_size() for x in read + written)
+        return result
+
+
+def ceilings(device):
+    """What the device reaches in float32: operations a second, bytes a second."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    x, y = (torch.zeros(2 ** 26, device=device) for _ in range(2))
+    return (2 * n ** 3 / timed(lambda: torch.mm(a, b), device),
+            2 * x.numel() * x.element_size() / timed(lambda: y.copy_(x), device))
+
+
+def bench_budget(device, batch, model, changes):
+    """Operations and bytes of a training step, beside what the device could do in that time."""
+    step = network_step("ours", 0, batch, model, changes, device)
+    step()
+    with FlopCounterMode(display=False) as operations, Traffic() as traffic:
+        step()
+    flops, moved, seconds = operations.get_total_flops(), traffic.bytes, timed(step, device)
+    top_flops, top_bytes = ceilings(device)
+    bound = max(flops / top_flops, moved / top_bytes)
+    say(f"{model}, batch {batch}: {flops / 1e9:,.1f} GFLOP and {moved / 1e9:,.2f} GB a step, at "
+        f"{top_flops / 1e9:,.0f} GFLOP/s and {top_bytes / 1e9:,.1f} GB/s at least "
+        f"{flops / top_flops:,.2f} s and {moved / top_bytes:,.2f} s; takes {seconds:,.2f} s, "
+        f"{100 * bound / seconds:.0f} % of the roofline")
+    record({"budget": {"model": model, "batch": batch, "flops": flops, "bytes": moved,
+                       "seconds": seconds, "flops_a_second": top_flops,
+                       "bytes_a_second": top_bytes, **environment(device)}})
+
+
 def bench_network(device, batch=None, model="encapnet", changes=None):
     """EncapNet v1 against permuting code in torch's default layout; what feedback units add."""
     batch, changes = batch or (128 if device.type == "cuda" else 16), changes or {}
@@ -396,6 +440,8 @@ def bench_network(device, batch=None, model="encapnet", changes=None):
     for units in (1, 2):
         compare(f"{model} without feedback, batch {batch}", bare,
                 {f"with {units} unit{'s' * (units > 1)} a module": cost("ours", units)}, device)
+    costs_here(lambda step, _: step(), [(lambda device: partial(
+        bench_budget, device, batch, model, changes),)], device)
 
 
 # ------------------------------------------------------------------------------------------------

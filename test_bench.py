@@ -61,7 +61,7 @@ def at_once(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "costs", lambda cases, device: [
         (1.0, 1.0) for _ in bench.costs_here(lambda step, device: step(), cases[1:], device)])
-    monkeypatch.setattr(bench, "timed", lambda step, device: step() or 1.0)
+    monkeypatch.setattr(bench, "timed", lambda step, device: (step(), 1.0)[1])
 
 
 def speed_lines():
@@ -83,6 +83,14 @@ def test_network_in_miniature(at_once):
     bench.bench_network(CPU, 2, "encapnet", dict(types=2, depths=(1,), dims=(1, 2)))
     assert [line["instead"] for line in speed_lines()] == [
         "plain code", "with 1 unit a module", "with 2 units a module"]
+    assert '"budget"' in Path("runs/results.jsonl").read_text()
+
+
+def test_traffic_is_what_operations_read_and_write():
+    x = torch.zeros(100, 8)
+    with bench.Traffic() as traffic:
+        (x.t().contiguous() @ x).unsqueeze(0)       # copy: 2 x 3,200; product: 2 x 3,200 + 256
+    assert traffic.bytes == 4 * 3200 + 256
 
 
 def test_scaling_in_miniature(at_once):
