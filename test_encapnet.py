@@ -813,6 +813,17 @@ def test_encapnet6_has_the_shape_of_table_1(name, mode):
     assert u.shape == (2, 256, 8, 8) and v.shape == (2, 512, 8, 8) and layer.coefficients == mode
 
 
+def test_counts_of_section_3_1():
+    """CapNet's 8,388,608 transforms and 4,194,304 coefficients; what the built capConv has."""
+    routed = build("capnet-dynamic", b_init="learnable").routed[0]
+    assert routed.weight.numel() == 8_388_608 and routed.b.numel() == 4_194_304
+    capconv = build("encapnet6").capconv
+    assert {name: sum(p.numel() for p in getattr(capconv, name).parameters())
+            for name in ("master", "aide", "from_v1", "from_v2")} == {
+        "master": 36_864, "aide": 1_142_784, "from_v1": 9_280, "from_v2": 9_216}
+    assert 8_388_608 / 1024 == 2 * 32 * 8 * 16           # the paper's: two 1x1 mappings a type
+
+
 def test_parameters_are_as_documented():
     """Rows `name  millions` of build's docstring, in the digits they print."""
     rows = dict(re.findall(r"^ *([a-z][\w-]+) +(\d+\.\d+)\b", build.__doc__, re.M))
