@@ -20,7 +20,7 @@ Deviations from the print and the authors' released code, and readings of what n
     1  Eq. (9) prints b(l+1) = 1/(K a(l)); a(0) is undefined, so a(l+1) is meant.  Columns are
        updated first, as printed (the released code begins with rows).
     2  The aide kernel size k2 is not printed; 3x3 without the own type fits Table 1's (f) - (e).
-       Released: k2 = k1 + 4, own type included, BatchNorm-ReLU-squash already in each branch.
+       Released: k2 = k1 + 4, own type included, and what `squash_branches` does.
     3  The generator is grouped by capsule type, as released; App. B prints "the dimension of input
        capsules", which would mix types here.  Where the extractor would end in one number, which
        has no gradient under cosine cost, its second stride is 1.  It runs once, on real and
@@ -486,11 +486,12 @@ class CapConv(nn.Module):
         "own" m1(v1), m2(v2);  "cross" m1(v2), m2(v1);  "both" m1(v1, v2), m2(v1, v2);  None: s = v1
     skip: type I, adds a strided projection of u before BatchNorm; type II layers instead take
         `residual`, which the module hands to the last of a chain   [Table 3 (5-7)]
+    squash_branches: BatchNorm, ReLU, squash in each branch too, as released
     u: (B, types*in_dim, H, W) -> (B, types*out_dim, ceil(H/stride), ceil(W/stride))
     """
 
     def __init__(self, in_dim, out_dim, kernel_size, stride=1, types=32, coefficients="both",
-                 aide_kernel=3, skip=False):
+                 aide_kernel=3, skip=False, squash_branches=False):
         super().__init__()
         check_positive(in_dim=in_dim, out_dim=out_dim, stride=stride, types=types)
         for name, size in (("kernel_size", kernel_size), ("aide_kernel", aide_kernel)):
@@ -518,10 +519,18 @@ class CapConv(nn.Module):
                     nn.init.ones_(m.bias)                                # deviation 6
         self.skip = grouped(low, high, 3, stride) if skip else None
         self.norm = nn.BatchNorm2d(high)
+        self.branch_norms = nn.ModuleList(map(nn.BatchNorm2d, [high] * 2)) \
+            if squash_branches and coefficients is not None else None
+
+    def end(self, s, norm):
+        """BatchNorm, ReLU, squash."""
+        return squash_image(F.relu(norm(s)), self.types)
 
     def branches(self, u):
         """v1, v2 (B, types*d, H', W') and their coefficients m1, m2 (B, types, H', W')."""
         v1, v2 = self.master(u), self.aide(u)
+        if self.branch_norms is not None:
+            v1, v2 = map(self.end, (v1, v2), self.branch_norms)
         from_v1, from_v2 = self.from_v1(v1), self.from_v2(v2)
         if self.coefficients == "both":                                  # m1, m2 of a type adjoin
             m1, m2 = (from_v1 + from_v2).unflatten(1, (self.types, 2)).unbind(2)
@@ -542,7 +551,7 @@ class CapConv(nn.Module):
         if residual is not None:
             check_shape("residual", residual, "B C H W", **dict(zip("BCHW", s.shape, strict=True)))
             s = s + residual
-        return squash_image(F.relu(self.norm(s)), self.types)
+        return self.end(s, self.norm)
 
 
 class CapFC(nn.Module):
@@ -870,14 +879,15 @@ class EncapNet(Network):
     """Convolution, capConv modules, capFC.   [Table 2]
 
     depths: N of each module;  dims: capsule dimension before and after each;  types: capsule types
-    coefficients: as CapConv, for all modules or a tuple of one a module;  aide_kernel: as CapConv
+    coefficients: as CapConv, for all modules or a tuple of one a module
+    aide_kernel, squash_branches: as CapConv
     skip: "both", "I", "II" or None [Table 3 (5-7)];  stem_stride: 4 for images of 128 and more
     feedback: units a module, 0, 1, 2;  further keywords go to FeedbackUnit
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, depths=(3, 3, 3, 3),
                  dims=(1, 2, 4, 8, 16), types=32, coefficients="both", aide_kernel=3, skip="both",
-                 stem_stride=1, feedback=0, **unit):
+                 squash_branches=False, stem_stride=1, feedback=0, **unit):
         super().__init__(num_classes, in_channels, image_size)
         check_positive(types=types, stem_stride=stem_stride)
         check_choice("skip", skip, ("both", "I", "II", None))
@@ -894,8 +904,8 @@ class EncapNet(Network):
         self.stem = conv_bn_relu(in_channels, types * dims[0], stem_stride)
         self.blocks = nn.ModuleList(
             EncapModule(*dims[k:k + 2], depths[k], strides[k], skip, types=types,
-                        coefficients=coefficients[k], aide_kernel=aide_kernel)
-            for k in range(len(depths)))
+                        coefficients=coefficients[k], aide_kernel=aide_kernel,
+                        squash_branches=squash_branches) for k in range(len(depths)))
         self.add_units(feedback, [types * d for d in dims], strides, types=types, **unit)
         side = image_size
         for stride in (stem_stride, *strides):

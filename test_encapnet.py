@@ -501,7 +501,7 @@ def conv_oracle(u, weight, stride=1):
 def capconv_oracle(layer, u, residual, types, stride):
     """Eq. (6) type by type, then BatchNorm in training mode, ReLU, squash, capsule by capsule."""
     p = {name: t.detach().numpy() for name, t in layer.named_parameters()}
-    B, d = len(u), len(p["master.weight"]) // types
+    d = len(p["master.weight"]) // types
     s = []
     for image in u.numpy():
         low = np.split(image, types)
@@ -522,11 +522,16 @@ def capconv_oracle(layer, u, residual, types, stride):
             total = [total[g] + conv_oracle(low[g], p["skip.weight"][g * d:][:d], stride)
                      for g in range(types)]
         s.append(np.concatenate(total))
-    s = np.stack(s) + (0 if residual is None else residual.numpy())
-    for c in range(types * d):
+    return end_oracle(np.stack(s) + (0 if residual is None else residual.numpy()), layer.norm, d)
+
+
+def end_oracle(s, norm, d):
+    """BatchNorm in training mode, ReLU, squash of every d channels."""
+    s = s.copy()
+    for c, (weight, bias) in enumerate(zip(norm.weight.tolist(), norm.bias.tolist(), strict=True)):
         z = (s[:, c] - s[:, c].mean()) / math.sqrt(s[:, c].var() + 1e-5)
-        s[:, c] = np.maximum(0, z * p["norm.weight"][c] + p["norm.bias"][c])
-    for b, g, y, x in np.ndindex(B, types, *s.shape[2:]):
+        s[:, c] = np.maximum(0, z * weight + bias)
+    for b, g, y, x in np.ndindex(len(s), s.shape[1] // d, *s.shape[2:]):
         s[b, g * d:(g + 1) * d, y, x] = squash_oracle(s[b, g * d:(g + 1) * d, y, x])
     return s
 
@@ -540,6 +545,21 @@ def test_capconv_is_the_loop(mode, kernel, stride, skip, with_residual):
     u = randn(2, 6, 4, 5, seed=1)
     residual = randn(2, 9, 4 // stride, -(-5 // stride), seed=2) if with_residual else None
     assert_same(layer(u, residual), capconv_oracle(layer, u, residual, 3, stride))
+
+
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_squashed_branches_meet_the_same_coefficients(mode):
+    """Each branch ends as the layer does; from there on the layer is the one without."""
+    layer = randomise(CapConv(2, 3, 3, 1, 3, mode, squash_branches=True))
+    u = randn(2, 6, 4, 5, seed=1)
+    v1, v2, *_ = layer.branches(u)
+    for v, branch, norm in zip((v1, v2), (layer.master, layer.aide), layer.branch_norms,
+                               strict=True):
+        assert_same(v, end_oracle(branch(u).detach().numpy(), norm, 3))
+    expected, layer.branch_norms = layer(u), None
+    del layer.master, layer.aide
+    layer.master, layer.aide = (lambda u: v1), (lambda u: v2)
+    assert_same(layer(u), expected)
 
 
 @given(types=st.integers(2, 5), d1=sizes, d2=sizes, kernel=st.sampled_from([1, 3]),

@@ -1718,6 +1718,13 @@ TABLES = {
         ("(d3) no extractor", dict(set=dict(feedback=1, extractor=False)), {"EncapNet": 5.79}),
         ("(d4) use vanilla g", dict(set=dict(feedback=1, generator="vanilla")), {"EncapNet": 5.01}),
         ("(d5) use l2 in Q", dict(set=dict(feedback=1, cost="l2")), {"EncapNet": 4.90}),
+    ]), Part("what the paper leaves open, beside (7) and (c); not in the paper", CIFAR10,
+             {"EncapNet": use("encapnet", **DEEP)}, [
+        *((f"aide kernel {k}", dict(set=dict(aide_kernel=k)), {"EncapNet": "–"})
+          for k in (1, 5, 7)),
+        ("squash in each branch", dict(set=dict(squash_branches=True)), {"EncapNet": "–"}),
+        *((f"OT loss, lambda {lam:g}", dict(lam=lam, set=dict(feedback=1)), {"EncapNet": "–"})
+          for lam in (0.1, 1.0, 10.0)),
     ])],
     4: [Part("comparison; the paper's mean ± std: ++ on CIFAR-10 3.56 ± 0.12 and SVHN 1.87 ± 0.11, "
              "+ on "
