@@ -258,18 +258,22 @@ def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
     """dynamic_routing of the votes W u.   u: (B, G, P, c);  W: (G, c, j, d) -> v (B, j, d)
 
     With the softmax over i this is iterated attention: queries v_j, keys and values u_i.  Higher
-    capsules never interact, so they are routed in blocks; with the softmax over j, types are pooled
-    in blocks.  Backward recomputes each block: no array of n_in x n_out numbers ever lives.
+    capsules and samples never interact, so they are routed in blocks; with the softmax over j,
+    types are pooled in blocks.  Backward recomputes each block: no array of n_in x n_out numbers
+    ever lives.
     """
     B, G, P, _ = u.shape
     J = W.shape[2]
     b0 = u.new_zeros(G, P, 1).expand(G, P, J) if b0 is None else b0.unflatten(0, (G, P))
     if softmax == "in":
-        size = max(1, BLOCK // (B * G * P))
+        samples = max(1, BLOCK // (64 * G * P))                          # at once
+        size = max(1, BLOCK // (min(samples, B) * G * P))                # higher capsules at once
+
         def route(u, W, b0):
             return dynamic_rounds(u, W, b0, iterations, lambda key, b0: pool_in(u, key, b0))
-        blocks = zip(W.split(size, 2), b0.split(size, 2), strict=True)
-        return torch.cat([checkpoint(route, u, *block) for block in blocks], 1)
+        blocks = list(zip(W.split(size, 2), b0.split(size, 2), strict=True))
+        return torch.cat([torch.cat([checkpoint(route, part, *block) for block in blocks], 1)
+                          for part in u.split(samples)])
     size = max(1, BLOCK // (B * P * J))
 
     def pool(key, b0):
