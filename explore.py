@@ -240,13 +240,8 @@ def draw_polarisation(run, figure):
     for axis, name, net in zip(axes, ("untrained", "trained"), (untrained(run).net, run.net),
                                strict=True):
         found = numbers[name] = train.agreement(net, train.normalised(x, run.data), labels)
-        n = len(found["percent"])
-        centres = [-1 + (2 * k + 1) / n for k in range(n)]
-        axis.bar(centres, found["percent"], 2 / n, color="0.75")
         axis.set(title=name, xlabel="cosine of vote and class capsule", ylabel="% of votes (grey)")
-        twin = axis.twinx()
-        twin.plot(centres, found["length"], color=COLOURS[0])
-        twin.set_ylim(bottom=0)
+        twin = train.draw_agreement(axis, found)
         twin.set_ylabel("their mean length", color=COLOURS[0])
     return numbers
 

@@ -1939,11 +1939,15 @@ def render_part(number, part, given, runs):
     return f"**Table {number}: {part.title}.** {told_of(first, given)}\n\n" + markdown(header, rows)
 
 
+def changes_told(given):
+    return "".join(f", {k}={v}" for k, v in given.get("set", {}).items())
+
+
 def told_of(config, given):
     """The heading's account of what was run."""
     data = data_name(config) if "dataset" in given else "the paper's data"
     images = f", {config.train_images:,} training images" if config.train_images else ""
-    changes = "".join(f", {k}={v}" for k, v in given.get("set", {}).items())
+    changes = changes_told(given)
     fast = " (recipe fast: not the paper's schedule)" if config.recipe == "fast" else ""
     return f"Test error in %; ours: {data}{images}, {config.epochs} epochs{fast}{changes}."
 
@@ -1964,7 +1968,8 @@ def render_costs(part, given, benches):
                      f"{line['step_seconds']:.3f}"]
         rows.append([name, batch, megabits, cells[0], f"{memory:,}", *cells[1:3], seconds, cells[3],
                      line["device"] if line else "–"])
-    return "**Table 1: cost.** Runtime: forward and backward of a batch.\n\n" + markdown(
+    return (f"**Table 1: cost.** Runtime: forward and backward of a batch{changes_told(given)}.\n\n"
+            ) + markdown(
         ["", "batch", "Mb of parameters: paper", "ours", "MB of memory: paper", "ours",
          "ours, largest batch run", "s a batch: paper", "ours", "device"], rows)
 
@@ -2179,6 +2184,19 @@ def draw_run(run, shown=24):
     save_figure(figure, run.folder / "curves.png")
 
 
+def draw_agreement(axis, moment):
+    """Histogram of the cosine of votes and capsule, and above it their mean length -> its axis."""
+    bins = len(moment["percent"])
+    centres = [-1 + (2 * k + 1) / bins for k in range(bins)]
+    axis.bar(centres, moment["percent"], 2 / bins, color="0.75")
+    axis.set_xticks((-1, -0.5, 0, 0.5, 1))
+    twin = axis.twinx()
+    twin.plot(centres, [length if percent else math.nan for percent, length in
+                        zip(moment["percent"], moment["length"], strict=True)], color=COLOURS[0])
+    twin.set_ylim(bottom=0)
+    return twin
+
+
 def draw_figure2(lines, title, path):
     """Rows: routings; columns: moments.  Grey: % of votes, blue: their mean length.   [Fig. 2]"""
     lines = {name: found[0]["moments"] for name, found in lines.items()}
@@ -2186,14 +2204,8 @@ def draw_figure2(lines, title, path):
     figure.suptitle(title, fontsize=10)
     for row, (name, moments) in zip(axes, lines.items(), strict=True):
         for axis, moment in zip(row, moments, strict=False):
-            bins = len(moment["percent"])
-            centres = [-1 + (2 * k + 1) / bins for k in range(bins)]
-            axis.bar(centres, moment["percent"], 2 / bins, color="0.75")
+            draw_agreement(axis, moment).tick_params(labelsize=7, labelcolor=COLOURS[0])
             axis.set_title(f"{name}, epoch {moment['epoch']}", fontsize=9)
-            twin = axis.twinx()
-            twin.plot(centres, moment["length"], color=COLOURS[0])
-            twin.set_ylim(bottom=0)
-            twin.tick_params(labelsize=7, labelcolor=COLOURS[0])
             axis.tick_params(labelsize=7)
         row[0].set_ylabel("% of votes (grey)", fontsize=8)
         row[len(moments) - 1].set_xlabel("cosine of vote and capsule; blue: vote length",
