@@ -122,19 +122,33 @@ def bench_step(config, seconds=3.0):
 # ------------------------------------------------------------------------------------------------
 
 
+def once(step, device):
+    """Seconds of one call, the device waited for."""
+    begun = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
 def timed(step, device, budget=2.0):
     """Median seconds of step() over `budget` or three calls, after a first, or of that if long."""
-    def once():
-        begun = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
-
-    first, times = once(), []
+    first, times = once(step, device), []
     while first < 60 and (len(times) < (3 if first < 10 else 1) or sum(times) < budget):
-        times.append(once())
+        times.append(once(step, device))
     return statistics.median(times or [first])
+
+
+def timed_in_turn(steps, device, budget=10.0):
+    """Median seconds of each short step of a dict, called in turn: noise meets all alike."""
+    def round_of_calls():
+        return [once(step, device) for step in steps.values()]
+
+    round_of_calls()
+    rounds = [round_of_calls()]
+    while sum(map(sum, rounds)) < budget:
+        rounds.append(round_of_calls())
+    return dict(zip(steps, map(statistics.median, zip(*rounds, strict=True)), strict=True))
 
 
 def extra_memory(step, device):
@@ -276,6 +290,7 @@ def bench_routing(device, batches=(1, 4, 128), shape=TABLE_1):
 # ------------------------------------------------------------------------------------------------
 
 EPS, ITERATIONS = 0.1, 10
+OURS = partial(encapnet.sinkhorn_divergence, eps=EPS, iterations=ITERATIONS)
 
 
 def cosine_costs(x, y):
@@ -329,27 +344,34 @@ def divergences():
     return found
 
 
-def divergence_step(name, batch, dim, device, problems=1):
+def one_by_one(divergence, x, y):
+    return torch.stack(list(map(divergence, x, y)))
+
+
+def divergence_step(divergence, batch, dim, device, problems=1):
     """Forward and backward of Eq. (11) between two batches of features, `problems` times."""
     x, y = (torch.randn(problems, batch, dim).to(device).requires_grad_() for _ in range(2))
-    if name == "ours":
-        return lambda: encapnet.sinkhorn_divergence(x, y, EPS, ITERATIONS).sum().backward()
-    if name == "ours, one by one":
-        return lambda: sum(map(encapnet.sinkhorn_divergence, x, y)).backward()
-    function = divergences()[name]
-    return lambda: sum(map(function, x, y)).backward()
+    return lambda: divergence(x, y).sum().backward()
+
+
+def sinkhorn_seconds(peers, device, batch=128, dim=16, problems=1):
+    """Seconds of "ours" and of every peer (x, y) -> divergences, in turn on one thread."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return timed_in_turn({name: divergence_step(function, batch, dim, device, problems)
+                          for name, function in {"ours": OURS, **peers}.items()}, device)
 
 
 def bench_sinkhorn(device, batch=128, dim=16, units=8):
     """One divergence against POT and geomloss; those of all units of a step against a loop."""
-    def seconds(name, problems=1):
-        return costs_here(timed, [(divergence_step, name, batch, dim)], device)[0] \
-            if problems == 1 else timed(divergence_step(name, batch, dim, device, problems), device)
-
-    compare(f"divergence of two {batch}x{dim} batches", (seconds("ours"), None),
-            {name: (seconds(name), None) for name in divergences()}, device)
-    compare(f"divergences of {units} units", (seconds("ours", units), None),
-            {"one by one": (seconds("ours, one by one", units), None)}, device)
+    peers = {name: partial(one_by_one, function) for name, function in divergences().items()}
+    for what, problems, named in (
+            (f"divergence of two {batch}x{dim} batches", 1, peers),
+            (f"divergences of {units} units", units, {"one by one": partial(one_by_one, OURS)})):
+        seconds = sinkhorn_seconds(named, device, batch, dim, problems)
+        compare(what, (seconds.pop("ours"), None),
+                {name: (each, None) for name, each in seconds.items()}, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -367,10 +389,11 @@ def plain_squash_image(s, types):
 
 
 def network_step(form, feedback, batch, model, changes, device):
-    """A training step of a network, plain or as train.py runs it (channels_last)."""
-    ours = form == "ours"
+    """A training step of a network: "plain", "ours" (channels_last) or "compiled" (both)."""
+    ours = form != "plain"
     config = make_config(dataset="cifar10", model=model, batch_size=batch, device=str(device),
-                         channels_last=ours, set={**changes, "feedback": feedback})
+                         channels_last=ours, compile=form == "compiled",
+                         set={**changes, "feedback": feedback})
     run = build_run(config, random_data(config, device), device)
     run.net.train()
     draws = torch.rand(batch, 7, device=device)
@@ -434,12 +457,14 @@ def bench_network(device, batch=None, model="encapnet", changes=None):
         return costs([(network_step, *case, 2, "encapnet-small", {}),
                       (network_step, *case, batch, model, changes)], device)[0]
 
-    bare = cost("ours", 0)
-    compare(f"{model} without feedback, batch {batch}", bare, {"plain code": cost("plain", 0)},
-            device)
+    what = f"{model} without feedback, batch {batch}"
+    bare, plain = cost("ours", 0), cost("plain", 0)
+    compare(what, bare, {"plain code": plain}, device)
     for units in (1, 2):
-        compare(f"{model} without feedback, batch {batch}", bare,
-                {f"with {units} unit{'s' * (units > 1)} a module": cost("ours", units)}, device)
+        compare(what, bare, {f"with {units} unit{'s' * (units > 1)} a module": cost("ours", units)},
+                device)
+    compiled = costs_here(timed, [(network_step, "compiled", 0, batch, model, changes)], device)[0]
+    compare(f"{what}, --compile", (compiled, None), {"plain code": plain}, device)
     costs_here(lambda step, _: step(), [(lambda device: partial(
         bench_budget, device, batch, model, changes),)], device)
 
@@ -479,7 +504,7 @@ SWEEPS = [    # axis, its values, {curve: value -> case}
     ("side of the image", (16, 32, 64, 128), {
         "EncapNet": lambda n: (small_network_step, 8, n)}),
     ("samples of a divergence", (64, 128, 256, 512, 1024), {
-        "Sinkhorn": lambda n: (divergence_step, "ours", n, 16)}),
+        "Sinkhorn": lambda n: (divergence_step, OURS, n, 16)}),
 ]
 STYLES = {"dynamic": ("#0072B2", "o"), "EM": ("#D55E00", "s"), "EncapNet": ("#009E73", "^"),
           "Sinkhorn": ("#CC79A7", "D")}

@@ -341,7 +341,8 @@ def explain(path, beside=None, device="auto"):
     head, *rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     title = f"{run.name} on {run.data.name}, {run.size:,} weights, {run.config.epochs} epochs"
     head.text(.01, .9, "\n".join([title, *notes]), va="top", fontsize=9)
-    numbers = {"run": str(run.folder), "notes": notes}
+    numbers = {"run": str(run.folder), "notes": notes,
+               "environment": train.environment(run.device)}
     for row, (title, _, _, draw, _) in zip(rows, parts, strict=True):
         row.suptitle(title, fontsize=11, x=.01, ha="left", weight="bold")
         numbers[title] = draw(run, row, beside) if draw is draw_pose else draw(run, row)

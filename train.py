@@ -2100,7 +2100,7 @@ def report(check):
             from bench import render_speed
             return f"<!-- {match[1]} -->\n{render_speed(read_lines(*published()))}\n<!-- end -->"
         _, given = parse(words[2:])
-        command = f"`python train.py --table {' '.join(words[1:])}`"
+        command = f"`python train.py --table {shlex.join(words[1:])}`"
         table = render_table(int(words[1]), given, (runs, benches))
         return f"<!-- {match[1]} -->\n{table}\n\n{command}\n<!-- end -->"
 
