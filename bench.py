@@ -175,21 +175,23 @@ def costs_here(what, cases, device):
     return results
 
 
-def costs(cases, device):
-    """Seconds and bytes of every case; cases in growing order, the first is only a warm-up."""
-    columns = []
-    for what in (timed, extra_memory):
-        if device.type == "cuda":
-            columns.append(costs_here(what, cases, device))
-            continue
-        # by default glibc keeps small arrays that were freed, between others that live
-        os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
-        if what is extra_memory:
-            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            columns.append(pool.submit(costs_here, what, cases, str(device)).result())
+def apart(what, cases, device):
+    """[what(step)] of cases but the first, a warm-up; on a CPU in a process of their own."""
+    if device.type == "cuda":
+        return costs_here(what, cases, device)[1:]
+    # by default glibc keeps small arrays that were freed, between others that live
     os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
-    return list(zip(*columns, strict=True))[1:]
+    if what is extra_memory:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        results = pool.submit(costs_here, what, cases, str(device)).result()
+    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+    return results[1:]
+
+
+def costs(cases, device):
+    """[(seconds, bytes)] of cases in growing order but the first, a warm-up."""
+    return list(zip(apart(timed, cases, device), apart(extra_memory, cases, device), strict=True))
 
 
 def compare(what, ours, peers, device):
@@ -449,24 +451,28 @@ def bench_budget(device, batch, model, changes):
                        "bytes_a_second": top_bytes, **environment(device)}})
 
 
+def network_seconds(forms, sizes, device):
+    """Seconds of a training step of each (form, units) of a dict, in turn on one CPU thread."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return timed_in_turn({name: network_step(*form, *sizes, device)
+                          for name, form in forms.items()}, device, budget=60.0)
+
+
 def bench_network(device, batch=None, model="encapnet", changes=None):
     """EncapNet v1 against permuting code in torch's default layout; what feedback units add."""
     batch, changes = batch or (128 if device.type == "cuda" else 16), changes or {}
-
-    def cost(*case):
-        return costs([(network_step, *case, 2, "encapnet-small", {}),
-                      (network_step, *case, batch, model, changes)], device)[0]
-
-    what = f"{model} without feedback, batch {batch}"
-    bare, plain = cost("ours", 0), cost("plain", 0)
-    compare(what, bare, {"plain code": plain}, device)
-    for units in (1, 2):
-        compare(what, bare, {f"with {units} unit{'s' * (units > 1)} a module": cost("ours", units)},
-                device)
-    compiled = costs_here(timed, [(network_step, "compiled", 0, batch, model, changes)], device)[0]
-    compare(f"{what}, --compile", (compiled, None), {"plain code": plain}, device)
-    costs_here(lambda step, _: step(), [(lambda device: partial(
-        bench_budget, device, batch, model, changes),)], device)
+    sizes, tiny = (batch, model, changes), (2, "encapnet-small", {})
+    forms = {"ours": ("ours", 0), "plain code": ("plain", 0), "with --compile": ("compiled", 0),
+             "with 1 unit a module": ("ours", 1), "with 2 units a module": ("ours", 2)}
+    seconds = network_seconds(forms, sizes, device)
+    memory = {name: apart(extra_memory, [(network_step, *form, *tiny),
+                                         (network_step, *form, *sizes)], device)[0]
+              for name, form in forms.items() if form[0] != "compiled"}
+    what, ours = f"{model} without feedback, batch {batch}", (seconds.pop("ours"), memory["ours"])
+    compare(what, ours, {name: (each, memory.get(name)) for name, each in seconds.items()}, device)
+    bench_budget(device, *sizes)
 
 
 # ------------------------------------------------------------------------------------------------

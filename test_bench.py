@@ -60,8 +60,8 @@ def test_costs_come_from_a_process_of_their_own():
 def at_once(monkeypatch, tmp_path):
     """One call a measurement, in this process, into an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "costs", lambda cases, device: [
-        (1.0, 1.0) for _ in bench.costs_here(lambda step, device: step(), cases[1:], device)])
+    monkeypatch.setattr(bench, "apart", lambda what, cases, device: [
+        1.0 for _ in bench.costs_here(lambda step, device: step(), cases[1:], device)])
     monkeypatch.setattr(torch, "compile", lambda net: net)
     monkeypatch.setattr(bench, "once", lambda step, device: (step(), 100.0)[1])
 
@@ -84,7 +84,7 @@ def test_sinkhorn_in_miniature(at_once):
 def test_network_in_miniature(at_once):
     bench.bench_network(CPU, 2, "encapnet", dict(types=2, depths=(1,), dims=(1, 2)))
     assert [line["instead"] for line in speed_lines()] == [
-        "plain code", "with 1 unit a module", "with 2 units a module", "plain code"]
+        "plain code", "with --compile", "with 1 unit a module", "with 2 units a module"]
     assert '"budget"' in Path("runs/results.jsonl").read_text()
 
 
@@ -155,8 +155,8 @@ def test_speed_of_the_divergence(name, faster):
 
 @pytest.mark.speed
 def test_speed_of_encapnet():
-    compiled, plain, bare, unit = (
-        bench.costs_here(bench.timed, [(bench.network_step, form, units, 16, "encapnet", {})],
-                         CPU)[0]
-        for form, units in (("compiled", 0), ("plain", 0), ("ours", 0), ("ours", 1)))
-    assert plain > 1.3 * compiled and unit < 1.25 * bare
+    forms = {"bare": ("ours", 0), "plain": ("plain", 0), "unit": ("ours", 1),
+             "compiled": ("compiled", 0)}
+    seconds = bench.network_seconds(forms, (16, "encapnet", {}), CPU)
+    assert seconds["plain"] > 1.3 * seconds["compiled"]
+    assert seconds["unit"] < 1.25 * seconds["bare"]
