@@ -84,7 +84,7 @@ def test_sinkhorn_in_miniature(at_once):
 def test_network_in_miniature(at_once):
     bench.bench_network(CPU, 2, "encapnet", dict(types=2, depths=(1,), dims=(1, 2)))
     assert [line["instead"] for line in speed_lines()] == [
-        "plain code", "with --compile", "with 1 unit a module", "with 2 units a module"]
+        "plain code", "with 1 unit a module", "with 2 units a module", "plain code"]
     assert '"budget"' in Path("runs/results.jsonl").read_text()
 
 
