@@ -11,7 +11,6 @@ import math
 import statistics
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -300,16 +299,6 @@ PARTS = [  # title; whether it applies, and why not; how; height in inches
 ]
 
 
-def equal_cnn(run):
-    """A finished CNN on the same data beside this run, the nearest in size -> Trained, or None."""
-    found = []
-    for path in run.folder.resolve().parent.glob("*/result.json"):
-        result = json.loads(path.read_text())
-        if result["model"] in ("cnn-same", "cnn-similar") and result["data"] == run.data.name:
-            found.append((abs(math.log(result["parameters"] / run.size)), path.parent))
-    return load(min(found)[1], run.device.type) if found and not run.net.logits else None
-
-
 def cnn_command(run):
     """What trains a CNN of equal size in the same way; its weights grow as its width squared."""
     c, full = run.config, encapnet.build("cnn-same", len(run.data.classes), run.data.channels)
@@ -324,18 +313,17 @@ def training(config):
         "epochs", "train_images", "augment", "optimizer", "lr", "schedule", "batch_size")}
 
 
-def explain(path, beside=None, device="auto"):
+def explain(run, beside=None, device="auto"):
     """One page of pictures, RUN/explain.png, and its numbers, RUN/explain.json."""
     from matplotlib.figure import Figure
-    run = load(path, device)
+    run = load(run, device)
     parts = [part for part in PARTS if part[1](run)]
     notes = [f"Left out: {title[:1]}, {why}" for title, fits, why, *_ in PARTS if not fits(run)]
-    beside = load(beside, device) if beside else equal_cnn(run)
-    if PARTS[0] in parts and not run.net.logits:
-        if not beside:
-            notes.append(f"Part 1 lacks a CNN of equal size: {cnn_command(run)}")
-        elif training(beside.config) != training(run.config):
-            notes.append(f"The CNN of part 1, {beside.folder}, was trained with other settings")
+    beside = beside and load(beside, device)
+    if PARTS[0] in parts and not run.net.logits and not beside:
+        notes.append(f"Part 1 lacks a CNN of equal size: {cnn_command(run)}, then --beside it")
+    if beside and training(beside.config) != training(run.config):
+        notes.append(f"The CNN of part 1, {beside.folder}, was trained with other settings")
     heights = [.4 + .2 * len(notes), *(part[-1] for part in parts)]
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     head, *rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -519,10 +507,10 @@ def draw_robustness(groups, path):
     train.save_figure(figure, path)
 
 
-def robustness(paths, n=300, steps=20, restarts=2, budgets=(1, 2, 4, 8), output_dir=None,
+def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_dir=None,
                device="auto"):
-    """A table and a plot, and a line a run in robustness.jsonl, into --output-dir."""
-    runs = [load(path, device) for path in paths]
+    """A table and a plot, and a line a run in robustness.jsonl, into output_dir.   eps: in 1/255"""
+    runs = [load(path, device) for path in runs]
     first, groups = runs[0], {}
     for run in runs:
         if run.data.name != first.data.name:
@@ -530,13 +518,13 @@ def robustness(paths, n=300, steps=20, restarts=2, budgets=(1, 2, 4, 8), output_
                           f"{first.folder} on {first.data.name}")
         if training(run.config) != training(first.config):
             say(f"note: {run.folder} was not trained as {first.folder} was: no fair comparison")
-    folder = Path(output_dir or (first.folder if len(paths) == 1 else first.folder.parent))
+    folder = Path(output_dir or (first.folder if len(runs) == 1 else first.folder.parent))
     for run in runs:
         since = time.time()
-        errors, gradients = measure(run, n, steps, restarts, budgets)
+        errors, gradients = measure(run, images, steps, restarts, eps)
         line = {"robustness": run.name, "data": run.data.name, "seed": run.config.seed,
                 "training": training(run.config), "parameters": run.size,
-                "images": min(n, len(run.data.test)),
+                "images": min(images, len(run.data.test)),
                 "attacks": {"norm": "L-inf", "steps": steps, "restarts": restarts,
                             "step_size": "2.5 eps / steps", "margin_steps": 2 * steps},
                 "errors": errors, "gradients": gradients, "seconds": round(time.time() - since, 1),
@@ -565,8 +553,7 @@ def parse(arguments):
     commands = parser.add_subparsers(dest="command", required=True, metavar="{explain,robustness}")
     one = commands.add_parser("explain", help="one page of pictures in the run's folder")
     one.add_argument("run", metavar="RUN")
-    one.add_argument("--beside", metavar="RUN", help="a CNN for part 1 (default: the nearest in "
-                     "size of the finished ones beside RUN)")
+    one.add_argument("--beside", metavar="RUN", help="a CNN to compare with in part 1")
     many = commands.add_parser("robustness", help="error under changes and attacks")
     many.add_argument("runs", nargs="+", metavar="RUN")
     for name, default, help in (("images", 300, "test images"), ("steps", 20, "of PGD"),
@@ -582,25 +569,13 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
+def command(command, debug, **given):
+    {"explain": explain, "robustness": robustness}[command](**given)
+
+
 def main(arguments=None):
     """-> exit code: 0, 2 for bad input, 1 for a failure."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        given = parse(arguments)
-        if given.command == "explain":
-            explain(given.run, given.beside, given.device)
-        else:
-            robustness(given.runs, given.images, given.steps, given.restarts, given.eps,
-                       given.output_dir, given.device)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        if not isinstance(error, (Problem, KeyboardInterrupt)):
-            message = f"unexpected {type(error).__name__}: {train.reason(error)} (--debug: where)"
-        print(f"explore.py: {message}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+    return train.guarded("explore.py", lambda words: command(**vars(parse(words))), arguments)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def fewer(monkeypatch):
 
 @pytest.mark.parametrize("name, parts", [("encapnet", "1235"), ("em", "134"), ("cnn", "1")])
 def test_explain_draws_the_parts_that_apply_and_says_what_it_left_out(name, parts, runs, fewer):
-    assert explore.main(["explain", str(runs[name])]) == 0
+    beside = [] if name == "cnn" else ["--beside", str(runs["cnn"])]
+    assert explore.main(["explain", str(runs[name]), *beside]) == 0
     assert (runs[name] / "explain.png").read_bytes()[:4] == b"\x89PNG"
     numbers = json.loads((runs[name] / "explain.json").read_text())
     assert "".join(key[0] for key in numbers if key[0].isdigit()) == parts

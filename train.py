@@ -2435,11 +2435,11 @@ def command(commands, given):
     return train(given)
 
 
-def main(arguments=None):
-    """-> exit code: 0, 2 for bad input, 1 for a failure, 128 + signal."""
+def guarded(program, function, arguments):
+    """function(arguments) -> exit code: 0, 2 for bad input, 1 for a failure, 128 + signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        command(*parse(arguments))
+        function(arguments)
         return 0
     except BrokenPipeError:                                              # piped into head
         return 1
@@ -2452,11 +2452,16 @@ def main(arguments=None):
         elif not isinstance(error, Problem):
             message = f"unexpected {type(error).__name__}: {reason(error)} (--debug shows where)"
         if rank() == 0 or code == 1:
-            print(f"train.py: {message}", file=sys.stderr)
+            print(f"{program}: {message}", file=sys.stderr)
         return code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main(arguments=None):
+    """-> exit code"""
+    return guarded("train.py", lambda words: command(*parse(words)), arguments)
 
 
 if __name__ == "__main__":
