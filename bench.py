@@ -152,15 +152,22 @@ def timed_in_turn(steps, device, budget=10.0):
 
 
 def extra_memory(step, device):
-    """Bytes that one call needs at its peak beside what lives already."""
+    """Bytes that one call needs at its peak beside what lives already; on a CPU, Linux counts."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    else:
-        with open("/proc/self/statm") as file:
-            before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def status(name):
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                                  # forget the peak so far
+    before = status("VmRSS")
     step()
-    return max(0, peak_memory(device) - before)
+    return status("VmHWM") - before
 
 
 def costs_here(what, cases, device):
@@ -466,7 +473,6 @@ def bench_network(device, batch=None, model="encapnet", changes=None):
     sizes, tiny = (batch, model, changes), (2, "encapnet-small", {})
     forms = {"ours": ("ours", 0), "plain code": ("plain", 0), "with 1 unit a module": ("ours", 1),
              "with 2 units a module": ("ours", 2)}
-    # before this process grows: the peak of a child begins at its parent's size
     memory = {name: apart(extra_memory, [(network_step, *form, *tiny),
                                          (network_step, *form, *sizes)], device)[0]
               for name, form in forms.items()}
@@ -512,7 +518,7 @@ SWEEPS = [    # axis, its values, {curve: value -> case}
         "EM": lambda n: (small_routing_step, "em", 4, 8, n)}),
     ("side of the image", (16, 32, 64, 128), {
         "EncapNet": lambda n: (small_network_step, 8, n)}),
-    ("samples of a divergence", (64, 128, 256, 512, 1024), {
+    ("samples of a divergence", (256, 512, 1024, 2048), {
         "Sinkhorn": lambda n: (divergence_step, OURS, n, 16)}),
 ]
 STYLES = {"dynamic": ("#0072B2", "o"), "EM": ("#D55E00", "s"), "EncapNet": ("#009E73", "^"),

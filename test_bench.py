@@ -50,6 +50,12 @@ def test_exponent_is_the_power():
     assert bench.exponent((1, 2, 4, 8), [3 * n ** 1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
 
 
+def test_extra_memory_is_the_peak_of_this_call():
+    torch.zeros(50_000_000).add_(1)                                      # an older, higher peak
+    found = bench.extra_memory(lambda: torch.zeros(10_000_000).add_(1), CPU)
+    assert found == pytest.approx(40e6, rel=0.05)
+
+
 def test_costs_come_from_a_process_of_their_own():
     case = (bench.routing_step, "dynamic", "votes", 8, bench.TINY)
     (seconds, memory), = bench.costs([case, case], CPU)
