@@ -32,6 +32,7 @@ from train import (
     Split,
     build_run,
     canvas,
+    cost_key,
     environment,
     make_config,
     markdown,
@@ -102,8 +103,7 @@ def bench_step(config, seconds=3.0):
     step = timed_steps(run, lambda part: None, seconds)
     timed_steps(run, tick, seconds)
     memory = (peak_memory(device) - before) / 1e6
-    line = {"model": config.model, "set": config.set, "batch": config.batch_size,
-            "image_size": config.image_size, "amp": config.amp, "compile": config.compile,
+    line = {**cost_key(config), "batch": config.batch_size,
             "parameters": sum(p.numel() for p in run.net.parameters()), "train_step_seconds": step,
             "images_per_second": config.batch_size / step, "memory_MB": memory,
             "device": environment(device)["device"],
@@ -201,15 +201,19 @@ def costs(cases, device):
     return list(zip(apart(timed, cases, device), apart(extra_memory, cases, device), strict=True))
 
 
+def on_one_thread(device):
+    """The environment of what costs_here measured."""
+    return {**environment(device), **({"device": "CPU, 1 thread"} if device.type == "cpu" else {})}
+
+
 def compare(what, ours, peers, device):
     """Print and record.   ours: (seconds, bytes or None);  peers: {name: the same or None}"""
-    where = environment(device)
+    where = on_one_thread(device)
     for name, theirs in peers.items():
         seconds, memory = theirs or (None, None)
         line = {"what": what, "instead": name, "ours_seconds": ours[0], "seconds": seconds,
                 "ours_MB": ours[1] and ours[1] / 1e6, "MB": memory and memory / 1e6,
-                "device": where["device"] if device.type == "cuda" else "CPU, 1 thread",
-                "commit": where["commit"], "torch": where["torch"], "command": where["command"]}
+                **{name: where[name] for name in ("device", "commit", "torch", "command")}}
         say(" | ".join(speed_row(line)))
         if rank() == 0:
             record({"speed": line})
@@ -227,8 +231,8 @@ def speed_row(line):
 
 def render_speed(entries):
     """README's table of the comparisons that results/ holds; later lines win."""
-    lines = {(e["speed"]["what"], e["speed"]["instead"]): e["speed"]
-             for e in entries if "speed" in e}
+    lines = {(line["what"], line["instead"], line["device"]): line
+             for line in (e["speed"] for e in entries if "speed" in e)}
     return markdown(["forward and backward", "instead", "ms: ours", "instead", "ratio",
                      "MB: ours", "instead", "ratio", "device"], map(speed_row, lines.values()))
 
@@ -455,7 +459,7 @@ def bench_budget(device, batch, model, changes):
         f"{100 * bound / seconds:.0f} % of the roofline")
     record({"budget": {"model": model, "batch": batch, "flops": flops, "bytes": moved,
                        "seconds": seconds, "flops_a_second": top_flops,
-                       "bytes_a_second": top_bytes, **environment(device)}})
+                       "bytes_a_second": top_bytes, **on_one_thread(device)}})
 
 
 def network_seconds(forms, sizes, device):
@@ -545,7 +549,7 @@ def bench_scaling(device, sweeps=SWEEPS):
                     say(f"{name}, {unit} against {axis}: exponent {slope:.2f}")
                     record({"scaling": {"of": name, "what": unit, "against": axis,
                                         "values": values, "measured": y, "exponent": slope,
-                                        "device": environment(device)["device"]}})
+                                        **on_one_thread(device)}})
                     axes[row][column].plot(values, [v / (1, 1e6)[row] for v in y], marker=marker,
                                            color=colour, label=f"{name}  n^{slope:.2f}")
         for row, label in enumerate(("seconds", "MB beside what lives")):

@@ -8,6 +8,7 @@ RUN is a folder of train.py, of any model and data set.  Several runs of one mod
 import dataclasses
 import json
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -37,7 +38,9 @@ class Trained(NamedTuple):
     @property
     def name(self):
         """Model and changed keywords; seeds of one model share it."""
-        return " ".join([self.config.model, *(f"{k}={v}" for k, v in self.config.set.items())])
+        usual = self.config.loss == ("ce" if self.net.logits else "margin")
+        changes = {**self.config.set, **({} if usual else {"loss": self.config.loss})}
+        return " ".join([self.config.model, *(f"{k}={v}" for k, v in changes.items())])
 
     @property
     def size(self):
@@ -299,18 +302,28 @@ PARTS = [  # title; whether it applies, and why not; how; height in inches
 ]
 
 
+def training(config):
+    """The settings that must agree for a fair comparison."""
+    own = ("model", "set", "seed", "loss")
+    fields = {**train.identity(config), "epochs": config.epochs}
+    return {name: value for name, value in fields.items() if name not in own}
+
+
+def unlike(run, other):
+    """How run was trained otherwise than other, as flags."""
+    theirs = training(other)
+    return {name: value for name, value in training(run.config).items() if value != theirs[name]}
+
+
 def cnn_command(run):
     """What trains a CNN of equal size in the same way; its weights grow as its width squared."""
     c, full = run.config, encapnet.build("cnn-same", len(run.data.classes), run.data.channels)
     width = math.sqrt(run.size / sum(p.numel() for p in full.parameters()))
-    return (f"python train.py --dataset {c.dataset} --model cnn-same --set width={width:.2f} "
-            f"--epochs {c.epochs} --train-images {c.train_images} --seed {c.seed}")
-
-
-def training(config):
-    """The settings that must agree for a fair comparison."""
-    return {name: getattr(config, name) for name in (
-        "epochs", "train_images", "augment", "optimizer", "lr", "schedule", "batch_size")}
+    usual = train.make_config(dataset=c.dataset, model="cnn-same", epochs=c.epochs)
+    words = train.flags({"dataset": c.dataset, "data_path": c.data_path, "model": "cnn-same",
+                         "set": {"width": round(width, 2)}, "epochs": c.epochs, "seed": c.seed,
+                         **{k: v for k, v in unlike(run, usual).items() if k != "dataset"}})
+    return f"python train.py {shlex.join(words)}"
 
 
 def explain(run, beside=None, device="auto"):
@@ -319,11 +332,17 @@ def explain(run, beside=None, device="auto"):
     run = load(run, device)
     parts = [part for part in PARTS if part[1](run)]
     notes = [f"Left out: {title[:1]}, {why}" for title, fits, why, *_ in PARTS if not fits(run)]
-    beside = beside and load(beside, device)
+    if beside:
+        beside = load(beside, device)
+        if not (beside.net.logits and hasattr(beside.net, "stem")) \
+                or beside.data.name != run.data.name:
+            raise Problem(f"--beside {beside.folder}: {beside.config.model} on {beside.data.name}; "
+                          f"give a CNN trained on {run.data.name}")
     if PARTS[0] in parts and not run.net.logits and not beside:
         notes.append(f"Part 1 lacks a CNN of equal size: {cnn_command(run)}, then --beside it")
-    if beside and training(beside.config) != training(run.config):
-        notes.append(f"The CNN of part 1, {beside.folder}, was trained with other settings")
+    if beside and unlike(beside, run.config):
+        notes.append(f"The CNN of part 1, {beside.folder}, was trained with other settings: "
+                     f"{unlike(beside, run.config)}")
     heights = [.4 + .2 * len(notes), *(part[-1] for part in parts)]
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     head, *rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -447,6 +466,8 @@ def measure(run, n, steps, restarts, budgets):
     for kind, (_, strengths) in CHANGES.items():
         errors[kind] = {f"{s:g}": percent(fooled(run, changed(images, kind, s, generator), labels))
                         for s in strengths}
+    if wrong.all():
+        raise Problem(f"{run.folder} has none of {len(images)} images right: nothing to attack")
     x, y, goals = images[~wrong], labels[~wrong], objectives(run)
     settings = {"FGSM": ("loss", 1, 1), "PGD": ("loss", steps, restarts),
                 "PGD margin": ("margin", 2 * steps, restarts)}
@@ -516,10 +537,18 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_
         if run.data.name != first.data.name:
             raise Problem(f"{run.folder} was trained on {run.data.name}, "
                           f"{first.folder} on {first.data.name}")
-        if training(run.config) != training(first.config):
+        if unlike(run, first.config):
             say(f"note: {run.folder} was not trained as {first.folder} was: no fair comparison")
     folder = Path(output_dir or (first.folder if len(runs) == 1 else first.folder.parent))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"--output-dir {folder}: {train.reason(error)}") from error
     for run in runs:
+        changes = "".join(f" {k}={v}" for k, v in unlike(run, first.config).items())
+        seeds = groups.setdefault(run.name + changes, [])
+        if run.config.seed in [line["seed"] for line in seeds]:
+            raise Problem(f"{run.folder}: seed {run.config.seed} of {run.name} a second time")
         since = time.time()
         errors, gradients = measure(run, images, steps, restarts, eps)
         line = {"robustness": run.name, "data": run.data.name, "seed": run.config.seed,
@@ -529,10 +558,9 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_
                             "step_size": "2.5 eps / steps", "margin_steps": 2 * steps},
                 "errors": errors, "gradients": gradients, "seconds": round(time.time() - since, 1),
                 "folder": str(run.folder), "environment": train.environment(run.device)}
-        groups.setdefault(run.name, []).append(line)
+        seeds.append(line)
         say(f"{run.folder}: {run.name}, seed {run.config.seed}, {line['seconds']:.0f} s")
     text = "".join(json.dumps(line) + "\n" for lines in groups.values() for line in lines)
-    folder.mkdir(parents=True, exist_ok=True)
     train.write_file(folder / "robustness.jsonl", text.encode())
     say(f"\n{first.data.name}, {line['images']} test images.  L-inf attacks, eps in 1/255: PGD "
         f"climbs the training loss, {steps} steps of 2.5 eps / {steps}, {restarts} restarts; PGD "

@@ -403,6 +403,27 @@ def test_initial_logits_are_trained_only_if_learnable():
     assert fresh.b.std() > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_routing_without_votes_keeps_nothing_of_their_size(kind, monkeypatch):
+    """Neither votes nor one number a pair of capsules outlives the forward pass."""
+    def refuse(layer, u):
+        raise AssertionError("votes were built")
+
+    layer, inputs = routed(kind, types=4, n_out=96, P=64)
+    pairs, kept = 2 * (4 * 64) * 96, {}
+    monkeypatch.setattr(RoutedCapsules, "votes", refuse)
+    monkeypatch.setattr(encapnet, "BLOCK", 1000)
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(*(t.requires_grad_() for t in inputs))
+    assert 0 < sum(kept.values()) < pairs
+    with pytest.raises(AssertionError, match="votes were built"):
+        routed(kind, P=1)[0](*routed(kind, P=1)[1])
+
+
 CLOUDS = {"tight": lambda u: 3 + 1e-2 * u, "spread": lambda u: 2 * u, "far": lambda u: 100 + u}
 
 
@@ -424,15 +445,14 @@ def smallest_variance(layer, inputs):
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 @pytest.mark.parametrize("kind", KINDS)
-@given(data=st.data(), seed=seeds, P=st.sampled_from([1, 2, 3, 4, 7, 16, 20]), bias=st.booleans(),
-       types=sizes, n_out=sizes, d=sizes, iterations=st.integers(1, 4),
-       block=st.sampled_from([1, 300, 2 ** 22]))
-def test_factored_equals_votes(kind, cloud, data, seed, P, bias, types, n_out, d, iterations,
-                               block):
+@given(data=st.data(), seed=seeds, bias=st.booleans(), types=sizes, n_out=sizes, d=sizes,
+       iterations=st.integers(1, 4), block=st.sampled_from([1, 300, 2 ** 22]))
+def test_factored_equals_votes(kind, cloud, data, seed, bias, types, n_out, d, iterations, block):
     """Outputs and all gradients, to 1e-10 of the largest entry. A gradient that symmetry or
     saturation cancels is held against the others, and a cluster that shrank onto one vote, where
     1/sigma^2 magnifies rounding, is left to the tests in float32."""
     b_init = "zero" if kind == "em" else data.draw(st.sampled_from(["zero", "random", "learnable"]))
+    P = data.draw(st.sampled_from([15, 16, 17, 20] if kind == "em" else [3, 4, 7, 20]))
     layer, inputs = routed(kind, types, 3, n_out, d, P, seed, bias=bias, b_init=b_init,
                            iterations=iterations)
     inputs[0] = CLOUDS[cloud](inputs[0])
@@ -841,7 +861,6 @@ def test_counts_of_section_3_1():
     assert {name: sum(p.numel() for p in getattr(capconv, name).parameters())
             for name in ("master", "aide", "from_v1", "from_v2")} == {
         "master": 36_864, "aide": 1_142_784, "from_v1": 9_280, "from_v2": 9_216}
-    assert 8_388_608 / 1024 == 2 * 32 * 8 * 16           # the paper's: two 1x1 mappings a type
 
 
 def test_parameters_are_as_documented():
@@ -884,7 +903,7 @@ def test_bfloat16_and_autocast(name, overrides, device):
         near = copy.deepcopy(model).eval()(x)[0].float()
         assert near.isfinite().all()
         if name != "capnet-em":
-            assert_same(near, exact, 0.5, 0.05)
+            assert_same(near, exact, 0.1, 0.02)
     for m, total in (model, loss), (half, loss_of(half, x.bfloat16(), target)):
         total.backward()
         assert total.isfinite() and all(p.grad.isfinite().all() for p in m.parameters())

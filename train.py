@@ -175,8 +175,8 @@ class Config:
                                      type=number(1), nargs="+", metavar="EPOCH")
     gamma: float = train_option(0.1, help="by this factor", type=number(0, float))
     seed: int = train_option(0, help="of weights, order and augmentation", type=number(0))
-    amp: bool = train_option(False, help="bfloat16 where it is safe")
     device: str = run_option("auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    amp: bool = run_option(False, help="bfloat16 where it is safe; recipe fast: on a GPU, yes")
     compile: bool = run_option(False, help="torch.compile the model")
     channels_last: bool = run_option(False, help="memory format of images and convolutions")
     deterministic: bool = run_option(False, help="bit-exact on a GPU too, slower")
@@ -230,6 +230,21 @@ def make_config(**given):
     if has_logits(config.model) and config.loss != "ce":
         raise Problem(f"--loss {config.loss} needs capsule lengths; {config.model} has logits: ce")
     return config
+
+
+def flags(fields):
+    """{field of Config: value} -> the words of a command line that give them."""
+    words = []
+    for name, value in fields.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, dict):
+            words += [f"--{flag}={k}={v!r}" for k, v in value.items()]
+        elif isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{flag}")
+        else:
+            many = isinstance(value, (list, tuple))
+            words += [f"--{flag}", *map(str, value if many else [value])]
+    return words
 
 
 def data_name(config):
@@ -1605,10 +1620,12 @@ def finish(run):
 
 
 def record(result):
-    """One line to runs/results.jsonl."""
+    """One line to runs/results.jsonl, after a line that a kill left torn if there is one."""
     RUNS.mkdir(exist_ok=True)
-    with open(RUNS / "results.jsonl", "a") as file:
-        file.write(json.dumps(result) + "\n")
+    file = RUNS / "results.jsonl"
+    torn = file.exists() and not file.read_bytes().endswith(b"\n")
+    with open(file, "a") as lines:
+        lines.write("\n" * torn + json.dumps(result) + "\n")
 
 
 def shared(value):
@@ -1792,11 +1809,17 @@ FIGURES = {
 
 
 def read_lines(*files):
-    """The entries of JSON-lines files, without a torn last line."""
+    """The entries of JSON-lines files; a torn line is told and left out."""
     for file in files:
-        for line in file.read_text().splitlines() if file.exists() else ():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+        for n, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if isinstance(entry, dict):
+                yield entry
+            elif line:
+                say(f"{file}, line {n}: torn, left out")
 
 
 def read_results(*files):
@@ -1901,8 +1924,8 @@ def summary(config, paper, runs):
     lines = [r for (key, _), r in sorted(runs.items()) if key == config_key(config)]
     if not lines:
         return "–", "–", "–"
-    how = (f"{len(lines)} seed{'s' * (len(lines) > 1)}, {lines[0]['epochs']} epochs, "
-           f"{lines[0]['environment']['device']}")
+    devices = " and ".join(sorted({r["environment"]["device"] for r in lines}))
+    how = f"{len(lines)} seed{'s' * (len(lines) > 1)}, {lines[0]['epochs']} epochs, {devices}"
     bad = [r["outcome"] for r in lines if r["outcome"] != "ok"]
     if bad:
         return f"fail ({bad[0]})", "–", how
@@ -1927,15 +1950,17 @@ def render_part(number, part, given, runs):
                      for what in ("paper", "ours", "difference")] + ["ours: how"]
     rows = []
     for name, changes, paper in part.rows:
-        line, how = [name], "quoted" if changes is None else "–"
+        line, told = [name], {}
         for column in columns:
             value, config = paper.get(column), cells.get((name, column))
             shown = [f"{value:.2f}" if isinstance(value, float) else value or "–", "–", "–"]
             if config:
-                *shown[1:], told = summary(config, value, runs)
-                how = told if told != "–" else how
+                *shown[1:], told[column] = summary(config, value, runs)
             line += shown
-        rows.append([*line, how])
+        how = {column: how for column, how in told.items() if how != "–"}
+        alike = len(set(how.values())) == 1
+        rows.append([*line, "quoted" if changes is None else next(iter(how.values())) if alike else
+                     "; ".join(f"{column}: {each}" for column, each in how.items()) or "–"])
     return f"**Table {number}: {part.title}.** {told_of(first, given)}\n\n" + markdown(header, rows)
 
 
@@ -1952,17 +1977,24 @@ def told_of(config, given):
     return f"Test error in %; ours: {data}{images}, {config.epochs} epochs{fast}{changes}."
 
 
+def cost_key(config):
+    """What decides the memory and time of a step, beside batch and device."""
+    return {name: getattr(config, name) for name in (
+        "model", "set", "image_size", "amp", "compile", "channels_last")}
+
+
 def render_costs(part, given, benches):
     """Table 1's parameters, memory and time a batch."""
     rows = []
     for name, changes, paper in part.rows:
         megabits, memory, batch, seconds = paper["cost"]
         config = row_config(CIFAR10, changes, given)
-        known = [b for b in benches if (b["model"], b["set"]) == (config.model, config.set)]
+        known = [b for b in benches if all(b.get(k) == v for k, v in cost_key(config).items())]
         line = next((b for b in reversed(known) if b["batch"] == batch), None)
         cells = ["–"] * 4
         if line:
-            biggest = max(known, key=lambda b: b["batch"])
+            biggest = max((b for b in known if b["device"] == line["device"]),
+                          key=lambda b: b["batch"])
             cells = [f"{line['parameters'] * 32 / 1e6:.2f}", f"{line['memory_MB']:,.0f}",
                      f"{biggest['memory_MB']:,.0f} ({biggest['batch']})",
                      f"{line['step_seconds']:.3f}"]
@@ -1980,16 +2012,17 @@ def measure_costs(given, only):
         if only and not any(word in name for word in only):
             continue
         config, batch = row_config(CIFAR10, changes, given), paper["cost"][2]
-        benches = read_results(RUNS / "results.jsonl")[1]
-        known = [(b["model"], b["batch"], b["set"]) for b in benches]
+        benches = read_results(*published(), RUNS / "results.jsonl")[1]
+        known = [b["batch"] for b in benches
+                 if all(b.get(k) == v for k, v in cost_key(config).items())]
         limit = batch if pick_device(config.device).type == "cpu" else 4096
         while batch <= limit:
-            flags = ["--device", config.device, "--batch-size", str(batch), "--model", config.model]
-            flags += [f"--set={key}={value!r}" for key, value in config.set.items()]
-            if (config.model, batch, config.set) not in known:
+            if batch not in known:
                 say(f"--- {name}: memory and time at batch {batch}")
-                done = subprocess.run([sys.executable, __file__, "--bench", *flags])
-                if done.returncode:                                      # no larger batch fits
+                words = flags({**cost_key(config), "dataset": config.dataset, "batch_size": batch,
+                               "device": config.device})
+                if subprocess.run([sys.executable, __file__, "--bench", *words]).returncode:
+                    say(f"batch {batch} did not run, and no larger one is tried")
                     break
             batch *= 2
 
@@ -2059,9 +2092,10 @@ def architecture(name, given):
             rows.append([key + f" x {len(parts)}" * (len(parts) > 1), " x ".join(map(str, shape)),
                          capsule if name == "encapnet" else "–", f"{weights:,}",
                          f"{sum(seen[k][1] for k in parts) / 1e6:,.2f}"])
-    wrong = {key: seen[key][0] for key, (channels, side) in TABLE2.items()
-             if seen[key][0] != (channels, side, side)}
-    if wrong and not given.get("set"):
+    wrong = not given.get("set") and {
+        key: seen[key][0] for key, (channels, side) in TABLE2.items()
+        if seen[key][0] != (channels, side, side)}
+    if wrong:
         raise Problem(f"Table 2: {name} gives {wrong}, the paper has {TABLE2}", 1)
     weights = sum(p.numel() for p in network.parameters())
     note = f"changed by {narrow['set']}" if given.get("set") else "output sizes as the paper's"
@@ -2083,6 +2117,9 @@ def show_figure(number, seeds, given):
     lines = {name: [r for (key, _), r in sorted(runs.items())
                     if key == config_key(config) and "curves" in r]
              for name, config in configs.items()}
+    for name, config in configs.items():
+        if not lines[name]:
+            raise Problem(f"{name}: nothing to draw, {summary(config, None, runs)[0]}", 1)
     if rank() == 0:
         title = f"{title}, {data_name(next(iter(configs.values())))}"
         {2: draw_figure2, 4: draw_figure4}[number](lines, title, target)
@@ -2099,7 +2136,9 @@ def report(check):
         if words[0] == "speed":
             from bench import render_speed
             return f"<!-- {match[1]} -->\n{render_speed(read_lines(*published()))}\n<!-- end -->"
-        _, given = parse(words[2:])
+        commands, given = parse(words[2:])
+        if commands:
+            raise Problem(f"{README}: {match[1]}: only flags of a run here")
         command = f"`python train.py --table {shlex.join(words[1:])}`"
         table = render_table(int(words[1]), given, (runs, benches))
         return f"<!-- {match[1]} -->\n{table}\n\n{command}\n<!-- end -->"
@@ -2402,11 +2441,27 @@ def show_list():
         print(f"  --figure {number}         {title}")
 
 
-def check_rows(commands, given):
-    """--table and --figure choose the models; --row must name rows."""
+def check_commands(commands, given):
+    """One command at a time, with the flags that it heeds."""
+    heeded = {"list": (), "report": ("check",), "bench": (), "table": ("row", "seeds"),
+              "figure": ("seeds",), "test_only": (), "predict": ()}
+    asked = [name for name in heeded if name in commands]
+    def told(names):
+        return ", ".join("--" + name.replace("_", "-") for name in names)
+    if len(asked) > 1:
+        raise Problem(f"{told(asked)}: one at a time")
+    known = heeded[asked[0]] if asked else ()
+    if idle := [name for name in commands if name not in (*asked, *known, "debug")]:
+        raise Problem(f"{told(idle)}: no use " + (f"with {told(asked)}" if asked else "alone"))
+    if commands.get("bench", "step") != "step" and set(given) - {"device"}:
+        raise Problem(f"{told(set(given) - {'device'})}: no use with --bench {commands['bench']}")
+    if not {"table", "figure"} & set(commands):
+        return
     if "model" in given or "resume" in given:
         raise Problem("--table and --figure choose the models and resume by themselves: "
                       "no --model, no --resume")
+    if commands.get("figure") == 2 and commands.get("seeds", 1) > 1:
+        raise Problem("--figure 2 shows one run of each routing: no --seeds")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
@@ -2415,6 +2470,7 @@ def check_rows(commands, given):
 
 
 def command(commands, given):
+    check_commands(commands, given)
     if "list" in commands:
         return show_list()
     if "report" in commands:
@@ -2422,10 +2478,9 @@ def command(commands, given):
     if "bench" in commands:
         from bench import run_bench
         return run_bench(commands["bench"], make_config(**given))
-    if "table" in commands or "figure" in commands:
-        check_rows(commands, given)
-        if "figure" in commands:
-            return show_figure(commands["figure"], commands.get("seeds", 1), given)
+    if "figure" in commands:
+        return show_figure(commands["figure"], commands.get("seeds", 1), given)
+    if "table" in commands:
         return show_table(commands["table"], commands.get("row", ()), commands.get("seeds", 1),
                           given)
     if "predict" in commands:
@@ -2446,7 +2501,7 @@ def guarded(program, function, arguments):
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        code, message = getattr(error, "code", 1), str(error)
+        code, message = error.code if isinstance(error, Problem) else 1, str(error)
         if isinstance(error, KeyboardInterrupt):
             code, message = 130, "interrupted"
         elif not isinstance(error, Problem):
