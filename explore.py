@@ -209,6 +209,13 @@ def draw_coefficients(run, figure, shown=3):
     return numbers
 
 
+def two_found(scores, labels):
+    """Share of images whose best score is one of two labels (B, 2), whose best two are both."""
+    best = scores.topk(2).indices
+    both = (best.sort(1).values == labels.sort(1).values).all(1)
+    return tuple(x.double().mean().item() for x in ((best[:, :1] == labels).any(1), both))
+
+
 def draw_overlap(run, figure, shown=6):
     if run.config.dataset == "digits":
         x, labels, _ = run.digits(DRAWN // 4, overlap=True)
@@ -219,9 +226,7 @@ def draw_overlap(run, figure, shown=6):
         x, labels = x[label != label.roll(1)], labels[label != label.roll(1)]
     with torch.no_grad():
         scores = torch.cat([run.scores(part) for part in x.split(250)])
-    best = scores.topk(2).indices
-    both = (best.sort(1).values == labels.sort(1).values).all(1).double().mean().item()
-    top = (best[:, :1] == labels).any(1).double().mean().item()
+    top, both = two_found(scores, labels)
     pictures, charts = figure.subplots(2, shown, height_ratios=(3, 2), sharey="row")
     for axis, chart, picture, score, pair in zip(pictures, charts, x, scores, labels, strict=False):
         show_image(axis, picture)
@@ -248,11 +253,14 @@ def draw_polarisation(run, figure):
     return numbers
 
 
+def match(a, b):
+    """Correlation of images (B, C, H, W) with others, mean over B."""
+    return encapnet.cosine_cost(*(z.flatten(1)[:, None] - z.flatten(1).mean(1)[:, None, None]
+                                  for z in (a, b))).neg().add(1).mean().item()
+
+
 @torch.no_grad()
 def draw_feedback(run, figure, shown=4):
-    def match(a, b):                                   # correlation of two images, mean over B
-        return encapnet.cosine_cost(*(z.flatten(1)[:, None] - z.flatten(1).mean(1)[:, None, None]
-                                      for z in (a, b))).neg().add(1).mean().item()
     def strength(image):                               # lengths, mean over types: (B, 1, H, W)
         types = getattr(run.net, "types", 1)
         return image.unflatten(1, (types, -1)).norm(dim=2).mean(1, keepdim=True)
@@ -532,25 +540,28 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_
                device="auto"):
     """A table and a plot, and a line a run in robustness.jsonl, into output_dir.   eps: in 1/255"""
     runs = [load(path, device) for path in runs]
-    first, groups = runs[0], {}
+    first, groups, seeds = runs[0], {}, set()
     for run in runs:
         if run.data.name != first.data.name:
             raise Problem(f"{run.folder} was trained on {run.data.name}, "
                           f"{first.folder} on {first.data.name}")
         if unlike(run, first.config):
             say(f"note: {run.folder} was not trained as {first.folder} was: no fair comparison")
+        if (train.config_key(run.config), run.config.seed) in seeds:
+            raise Problem(f"{run.folder}: seed {run.config.seed} of {run.name} a second time")
+        seeds.add((train.config_key(run.config), run.config.seed))
     folder = Path(output_dir or (first.folder if len(runs) == 1 else first.folder.parent))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Problem(f"--output-dir {folder}: {train.reason(error)}") from error
     for run in runs:
-        changes = "".join(f" {k}={v}" for k, v in unlike(run, first.config).items())
-        seeds = groups.setdefault(run.name + changes, [])
-        if run.config.seed in [line["seed"] for line in seeds]:
-            raise Problem(f"{run.folder}: seed {run.config.seed} of {run.name} a second time")
         since = time.time()
-        errors, gradients = measure(run, images, steps, restarts, eps)
+        try:
+            errors, gradients = measure(run, images, steps, restarts, eps)
+        except Problem as weak:
+            say(f"left out: {weak}")
+            continue
         line = {"robustness": run.name, "data": run.data.name, "seed": run.config.seed,
                 "training": training(run.config), "parameters": run.size,
                 "images": min(images, len(run.data.test)),
@@ -558,8 +569,11 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_
                             "step_size": "2.5 eps / steps", "margin_steps": 2 * steps},
                 "errors": errors, "gradients": gradients, "seconds": round(time.time() - since, 1),
                 "folder": str(run.folder), "environment": train.environment(run.device)}
-        seeds.append(line)
+        changes = "".join(f" {k}={v}" for k, v in unlike(run, first.config).items())
+        groups.setdefault(run.name + changes, []).append(line)
         say(f"{run.folder}: {run.name}, seed {run.config.seed}, {line['seconds']:.0f} s")
+    if not groups:
+        raise Problem("no run is left to compare")
     text = "".join(json.dumps(line) + "\n" for lines in groups.values() for line in lines)
     train.write_file(folder / "robustness.jsonl", text.encode())
     say(f"\n{first.data.name}, {line['images']} test images.  L-inf attacks, eps in 1/255: PGD "

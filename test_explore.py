@@ -1,4 +1,5 @@
 """explore.py: its pictures, its attacks, and the README's examples."""
+import dataclasses
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import encapnet
 import explore
@@ -16,6 +18,7 @@ import train
 
 HERE = Path(__file__).parent
 MODELS = {"encapnet": "encapnet-small --set types=2 --set dims=(1,1,2,2)",
+          "again": "encapnet-small --set types=2 --set dims=(1,1,2,2) --seed 1",
           "em": "capnet-em --set types=2", "cnn": "cnn-same --set width=0.1"}
 
 
@@ -26,7 +29,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for name, model in MODELS.items():
-            flags = ("--train-images 32 --test-images 40 --batch-size 16 --epochs 1 --device cpu "
+            flags = ("--train-images 64 --test-images 40 --batch-size 4 --epochs 1 --device cpu "
                      f"--output-dir {name} --model {model}")
             assert train.main(flags.split()) == 0
             folders[name] = place / name
@@ -49,7 +52,41 @@ def test_explain_draws_the_parts_that_apply_and_says_what_it_left_out(name, part
     assert sorted([*parts, *left_out]) == list("12345")
     poses = numbers[explore.PARTS[0][0]]
     assert len(poses) == (2 if name == "cnn" else 3)                   # the CNN stands beside
-    assert all(0 <= r <= 1 for fit in poses.values() for r in fit.values())
+    assert all(r <= 1 for fit in poses.values() for r in fit.values())
+
+
+def test_explain_s_numbers_are_those_of_the_network(runs, fewer):
+    run, figure = explore.load(runs["encapnet"]), Figure(layout="constrained")
+    drawn = explore.draw_coefficients(run, figure)
+    layer = explore.capconvs(run)[0]
+    (given, _), = explore.record(run, run.images(60)[0], [layer])
+    means = [m.mean().item() for m in layer.branches(given[0])[2:]]
+    found = [v["mean"] for k, v in drawn.items() if k.endswith("16x16")]
+    assert found == pytest.approx(means) and list(drawn)[0].startswith("m1 master")
+    em = explore.load(runs["em"])
+    drawn = explore.draw_polarisation(em, figure)
+    x, labels = em.images(64)
+    assert drawn["trained"] == train.agreement(em.net, train.normalised(x, em.data), labels)
+    assert drawn["untrained"] != drawn["trained"]
+
+
+def test_untrained_is_the_network_before_training(runs):
+    run = explore.load(runs["encapnet"])
+    torch.manual_seed(run.config.seed)
+    fresh = train.make_model(run.config, 10, 3)
+    before = explore.untrained(run).net.get_parameter("classes.weight")
+    assert torch.equal(before, fresh.get_parameter("classes.weight"))
+    assert not torch.equal(before, run.net.get_parameter("classes.weight"))
+
+
+def test_two_found_and_match_known_answers():
+    scores = torch.tensor([[.9, .1, .8], [.9, .1, .8], [.1, .2, .9]])
+    labels = torch.tensor([[2, 0], [0, 1], [0, 1]])
+    assert explore.two_found(scores, labels) == pytest.approx((2 / 3, 1 / 3))
+    a = torch.randn(5, 2, 8, 8)
+    assert explore.match(a, 3 * a + 2) == pytest.approx(1)
+    assert explore.match(a, -a) == pytest.approx(-1)
+    assert abs(explore.match(a, a.roll(1, 0))) < 0.3
 
 
 def test_the_capsule_looked_at_is_the_right_class_s(runs):
@@ -78,6 +115,10 @@ def test_changes_are_the_ones_named():
     for kind in explore.CHANGES:
         torch.testing.assert_close(change(kind, 0), x)
     torch.testing.assert_close(change("rotation", 180), x.flip(2, 3))
+    quarter = change("rotation", 90)
+    turns = [[image.allclose(before.rot90(k, (1, 2)), atol=1e-5) for k in (1, 3)]
+             for image, before in zip(quarter, x, strict=True)]
+    assert all(map(any, turns)) and {turn.index(True) for turn in turns} == {0, 1}
     moved, inner = change("shift", 2), (slice(None), slice(3, -3), slice(3, -3))
     for image, before in zip(moved, x, strict=True):
         near = [image[inner].allclose(before.roll((a, b), (1, 2))[inner], atol=1e-5)
@@ -86,6 +127,11 @@ def test_changes_are_the_ones_named():
     ramp = torch.arange(12.).expand(6, 1, 12, 12) - 5.5                # twice or half as steep
     slope = explore.changed(ramp, "scale", 1, torch.Generator().manual_seed(0))[:, 0, 6, 5:7].diff()
     assert set(slope.flatten().tolist()) <= {0.5, 2.0}
+    column = torch.zeros(6, 1, 12, 12).index_fill_(3, torch.tensor([5, 6]), 1.)  # leans, rows stay
+    leaning = explore.changed(column, "shear", 0.5, torch.Generator().manual_seed(0))
+    centre = (leaning * torch.arange(12.)).sum(3) / leaning.sum(3)
+    assert set(centre[:, 0].diff(dim=1).mul(2).round().flatten().tolist()) == {-1.0, 1.0}
+    torch.testing.assert_close(leaning.sum(3), column.sum(3))
     assert change("noise", 0.1).sub(x).abs().mean() == pytest.approx(0.08, abs=0.03)
 
 
@@ -140,8 +186,8 @@ def test_objectives_see_what_the_loss_hides(runs):
 
 def test_robustness_of_seeds_side_by_side(runs, capsys):
     place = runs["encapnet"].parent
-    small = "--images 20 --steps 2 --restarts 1 --eps 4 64 --device cpu".split()
-    paths = [str(runs[name]) for name in ("encapnet", "encapnet", "cnn")]
+    small = "--images 40 --steps 2 --restarts 1 --eps 4 64 --device cpu".split()
+    paths = [str(runs[name]) for name in ("encapnet", "again", "cnn")]
     assert explore.main(["robustness", *paths, *small, "--output-dir", str(place / "out")]) == 0
     out = capsys.readouterr().out
     header = next(line for line in out.splitlines() if line.startswith("| error"))
@@ -158,15 +204,38 @@ def test_robustness_of_seeds_side_by_side(runs, capsys):
     assert (place / "out/robustness.png").exists()
 
 
+def test_runs_of_other_settings_are_not_seeds_of_one(runs, capsys):
+    run = explore.load(runs["encapnet"])
+    other = run._replace(config=dataclasses.replace(run.config, lam=5.0, loss="spread"))
+    assert other.name == f"{run.name} loss=spread"
+    assert explore.unlike(other, run.config) == {"lam": 5.0} and not explore.unlike(run, run.config)
+    flags = explore.cnn_command(run).split()[2:]
+    _, given = train.parse(flags)
+    assert explore.training(train.make_config(**given)) == explore.training(run.config)
+
+
+def test_a_network_that_is_always_wrong_cannot_be_attacked(runs):
+    run = explore.load(runs["encapnet"])
+    labels = run.data.test.labels
+    with torch.no_grad():
+        wrong = 1 + torch.cat([run.scores(run.images(len(labels))[0])]).argmax(1)
+    run.data.test.labels = wrong % 10
+    with pytest.raises(train.Problem, match="none of"):
+        explore.measure(run, len(labels), 1, 1, (4,))
+
+
 @pytest.mark.parametrize("arguments, words", [
-    ("explain nowhere", "no checkpoint nowhere"), ("explain", "required: RUN"),
+    ("explain RUN --beside EM", "give a CNN"), ("robustness RUN RUN", "a second time"),
+    ("robustness RUN --output-dir FILE", "FILE"), ("explain nowhere", "no checkpoint nowhere"),
+    ("explain", "required: RUN"),
     ("robustness", "RUN"), ("imagine RUN", "invalid choice"),
     ("robustness RUN --steps 0", "at least 1"), ("explain RUN --beside nowhere", "nowhere")])
 def test_bad_input_is_one_line(arguments, words, runs, capsys):
-    given = [str(runs["cnn"]) if word == "RUN" else word for word in arguments.split()]
+    places = {"RUN": runs["cnn"], "EM": runs["em"], "FILE": runs["cnn"] / "log.jsonl/FILE"}
+    given = [str(places.get(word, word)) for word in arguments.split()]
     assert explore.main(given) == 2
     err = capsys.readouterr().err
-    assert words in err and err.startswith("explore.py: ") and err.count("\n") == 1
+    assert words in err and err.startswith("explore.py: ") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("name, answer", [("FeedbackUnit", "loss"),
