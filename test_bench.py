@@ -3,6 +3,7 @@
 Timings prove nothing on a busy machine: the ratios are asserted on request only.
 """
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -56,10 +57,59 @@ def test_extra_memory_is_the_peak_of_this_call():
     assert found == pytest.approx(40e6, rel=0.05)
 
 
+def process_of(step, device):
+    return os.getpid()
+
+
 def test_costs_come_from_a_process_of_their_own():
-    case = (bench.routing_step, "dynamic", "votes", 8, bench.TINY)
+    case = (bench.routing_step, "dynamic", "votes", 64, bench.TINY)
+    assert os.getpid() not in bench.apart(process_of, [case, case, case], CPU)
     (seconds, memory), = bench.costs([case, case], CPU)
-    assert seconds > 0 and memory >= 0
+    assert seconds > 0 and memory > 64 * 32 * 16 * 16 * 4               # the votes themselves
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """counted(place, name): the list that each later call of place.name adds to."""
+    def count(place, name):
+        calls, function = [], getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **kw: calls.append(args) or
+                            function(*args, **kw))
+        return calls
+    return count
+
+
+@pytest.mark.parametrize("form, built, textbook", [("factored", 0, 0), ("votes", 1, 0),
+                                                   ("textbook", 0, 1)])
+def test_forms_of_routing_are_what_they_are_called(form, built, textbook, counted):
+    votes = counted(encapnet.RoutedCapsules, "votes")
+    loops = counted(bench, "textbook_routing")
+    bench.routing_step("dynamic", form, 2, bench.TINY, CPU)()
+    assert (len(votes), len(loops)) == (built, textbook)
+
+
+@pytest.mark.parametrize("form, units", [("ours", 0), ("plain", 0), ("ours", 1), ("ours", 2),
+                                         ("compiled", 0)])
+def test_forms_of_the_network_are_what_they_are_called(form, units, counted, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    plain, seen = counted(bench, "plain_squash_image"), counted(encapnet.FeedbackUnit, "generate")
+    small = dict(types=2, depths=(1, 1), dims=(1, 2, 2))
+    before = encapnet.squash_image
+    bench.network_step(form, units, 2, "encapnet", small, CPU)()
+    assert bool(plain) == (form == "plain") and encapnet.squash_image is before
+    assert len(seen) == 2 * units and len(compiled) == (form == "compiled")
+
+
+def test_every_peer_of_the_divergence_is_called(at_once, monkeypatch):
+    shapes = {}
+    def noting(name):
+        return lambda x, y: shapes.setdefault(name, []).append(x.shape) or (x * y).sum((-1, -2))
+    monkeypatch.setattr(bench, "OURS", noting("ours"))
+    monkeypatch.setattr(bench, "divergences", lambda: {"peer": noting("peer")})
+    bench.bench_sinkhorn(CPU, 8, 4, 3)
+    assert set(shapes["peer"]) == {(8, 4)} and set(shapes["ours"]) == {(1, 8, 4), (3, 8, 4), (8, 4)}
+    assert shapes["ours"].count((8, 4)) == 3 * shapes["ours"].count((3, 8, 4))
 
 
 @pytest.fixture

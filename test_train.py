@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -1128,15 +1129,89 @@ def test_a_tables_set_reaches_the_networks_that_have_it():
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_figures(number, cli, quick):
+def test_figures(number, cli, quick, monkeypatch):
+    figures, draw = [], train.save_figure
+    monkeypatch.setattr(train, "save_figure", lambda figure, path: figures.append(figure) or
+                        draw(figure, path))
     done = cli(f"--figure {number} {MINIATURE} --set types=4 --output-dir drawn")
     assert done.code == 0, done
     with Image.open(f"drawn/figure-{number}.png") as image:
         assert image.width > 500 and len(image.convert("L").getcolors()) > 10
-    if number == 2:
-        moments = json.loads(Path("runs/results.jsonl").read_text().splitlines()[0])["moments"]
-        assert [m["epoch"] for m in moments] == [0, 1]
-        assert all(sum(m["percent"]) == pytest.approx(100) for m in moments)
+    lines = [list(line.get_ydata()) for axis in figures[-1].axes for line in axis.lines]
+    runs = list(map(json.loads, Path("runs/results.jsonl").read_text().splitlines()))
+    if number == 4:
+        recorded = sorted(r["curves"]["loss"] for r in runs)
+        assert len(lines) == 4 and sorted(lines) == [pytest.approx(line) for line in recorded]
+        return
+    moments = [m for r in runs for m in r["moments"]]
+    assert [m["epoch"] for m in moments] == [0, 1] * 2
+    assert all(sum(m["percent"]) == pytest.approx(100) for m in moments)
+    drawn = [[length for length in line if length == length] for line in lines]     # but the nan
+    assert drawn == [[length for length, percent in zip(m["length"], m["percent"], strict=True)
+                      if percent] for m in moments]
+
+
+def test_a_figure_without_runs_says_why(cli, quick, monkeypatch):
+    def diverge(config):
+        raise train.Diverged("NaN at step 1; stopped")
+    monkeypatch.setattr(train, "fit", diverge)
+    assert_one_line(cli(f"--figure 4 {MINIATURE}"), "nothing to draw", "NaN at step 1", code=1)
+
+
+def test_every_column_tells_its_own_seeds_and_devices():
+    result = dict(error=10.0, epochs=600, outcome="ok")
+    runs = {}
+    for (*_, config), devices in zip(list(train.part_cells(train.TABLES[1][0], {}))[:2],
+                                     (["H100"] * 2, ["CPU"]), strict=True):
+        for seed, device in enumerate(devices):
+            runs[train.config_key(config), seed] = {**result, "environment": {"device": device}}
+    text = train.render_part(1, train.TABLES[1][0], {}, runs)
+    assert "| CIFAR-10: 2 seeds, 600 epochs, H100; MNIST: 1 seed, 600 epochs, CPU |" in text
+
+
+def test_costs_are_of_the_same_settings_and_device():
+    config = train.row_config(train.CIFAR10, train.use("cnn-same"))
+    line = {**train.cost_key(config), "batch": 128, "parameters": 10 ** 6, "memory_MB": 100.,
+            "step_seconds": 1., "device": "H100"}
+    others = [{**line, "amp": True, "memory_MB": 1.}, {**line, "image_size": 64, "memory_MB": 2.},
+              {**line, "batch": 4096, "device": "CPU", "memory_MB": 777.}]
+    text = train.render_costs(train.TABLES[1][0], {}, [line, *others])
+    cells = numbers(text, "(c) vanilla CNN, same shape")
+    assert cells[4:6] == ["100", "100 (128)"] and cells[-1] == "H100"
+
+
+def test_flags_are_read_back():
+    config = train.make_config(dataset="mnist", model="encapnet6", set={"types": 4}, lr=3e-3,
+                               milestones=(1, 2), channels_last=True, amp=False)
+    fields = {**train.identity_fields(config), "amp": False, "channels_last": True}
+    fields.pop("class_list")                                           # empty: not to be given
+    commands, given = train.parse(train.flags(fields))
+    assert not commands and train.make_config(**given) == config
+
+
+def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    results = Path("runs/results.jsonl")
+    train.record({"n": 1})
+    results.write_text(results.read_text() + '{"n": 2, "to')
+    train.record({"n": 3})
+    assert list(train.read_lines(results)) == [{"n": 1}, {"n": 3}]
+    assert "line 2: torn" in capsys.readouterr().out
+
+
+def test_only_problems_choose_the_exit_code(capsys):
+    def fail(words):
+        raise urllib.error.HTTPError("http://x", 404, "gone", {}, None)
+    assert train.guarded("x.py", fail, []) == 1
+    assert "unexpected HTTPError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--check", "--check"), ("--row x", "--row"), ("--seeds 3", "--seeds"),
+    ("--table 3 --figure 4", "one at a time"), ("--figure 2 --seeds 2", "--seeds"),
+    ("--bench network --model encapnet6 --amp", "--amp, --model"), ("--list --seeds 2", "--seeds")])
+def test_flags_without_effect_are_refused(words, told, cli):
+    assert_one_line(cli(words), told)
 
 
 def test_report_renders_and_checks(cli, quick):
@@ -1164,7 +1239,8 @@ def test_bench(cli, quick):
     for part in ("images/s", "forward", "backward", "optimizer", "data", "peak memory"):
         assert part in done.out
     line = json.loads(Path("runs/results.jsonl").read_text())["bench"]
-    assert line["step_seconds"] == line["forward_seconds"] + line["backward_seconds"] > 0
+    parts = [line[f"{part}_seconds"] for part in ("data", "forward", "backward", "optimizer")]
+    assert min(parts) > 0 and sum(parts) < 10 * line["train_step_seconds"] < 100 * sum(parts)
 
 
 # ------------------------------------------------------------------------------------------------
