@@ -2447,7 +2447,7 @@ def check_commands(commands, given):
               "figure": ("seeds",), "test_only": (), "predict": ()}
     asked = [name for name in heeded if name in commands]
     def told(names):
-        return ", ".join("--" + name.replace("_", "-") for name in names)
+        return ", ".join(sorted("--" + name.replace("_", "-") for name in names))
     if len(asked) > 1:
         raise Problem(f"{told(asked)}: one at a time")
     known = heeded[asked[0]] if asked else ()
