@@ -1941,8 +1941,9 @@ def markdown(header, rows):
 
 
 def render_part(number, part, given, runs):
-    """One block as Markdown: paper | ours | difference for each column."""
+    """One block as Markdown: paper | ours | difference, of the same data, for each column."""
     columns = part_columns(part, given)
+    theirs = {(row, column): config.dataset for row, column, config in part_cells(part, {})}
     cells = {(row, column): config for row, column, config in part_cells(part, given)}
     first = next(iter(cells.values()))
     many = len(columns) > 1
@@ -1955,7 +1956,8 @@ def render_part(number, part, given, runs):
             value, config = paper.get(column), cells.get((name, column))
             shown = [f"{value:.2f}" if isinstance(value, float) else value or "–", "–", "–"]
             if config:
-                *shown[1:], told[column] = summary(config, value, runs)
+                same = config.dataset == theirs[name, column]
+                *shown[1:], told[column] = summary(config, value if same else None, runs)
             line += shown
         how = {column: how for column, how in told.items() if how != "–"}
         alike = len(set(how.values())) == 1
