@@ -536,30 +536,37 @@ def exponent(x, y):
 
 
 def bench_scaling(device, sweeps=SWEEPS):
-    """Time and memory against batch, capsules, iterations, image side, samples; log axes."""
-    figure, axes = canvas(2, len(sweeps), 3.2 * len(sweeps), 3.2)
-    for column, (axis, values, curves) in enumerate(sweeps):
+    """Time and memory against batch, capsules, iterations, image side, samples; a figure."""
+    lines = []
+    for axis, values, curves in sweeps:
         for name, case in curves.items():
             rows = costs([case(values[0]), *map(case, values)], device)
-            colour, marker = STYLES[name]
-            for row, (y, unit) in enumerate(zip(zip(*rows, strict=True), ("s", "bytes"),
-                                                strict=True)):
+            for y, unit in zip(zip(*rows, strict=True), ("seconds", "bytes"), strict=True):
                 if min(y) > 0:
-                    slope = exponent(values, y)
-                    say(f"{name}, {unit} against {axis}: exponent {slope:.2f}")
-                    record({"scaling": {"of": name, "what": unit, "against": axis,
-                                        "values": values, "measured": y, "exponent": slope,
-                                        **on_one_thread(device)}})
-                    axes[row][column].plot(values, [v / (1, 1e6)[row] for v in y], marker=marker,
-                                           color=colour, label=f"{name}  n^{slope:.2f}")
-        for row, label in enumerate(("seconds", "MB beside what lives")):
-            axes[row][column].set(xscale="log", yscale="log", xlabel=axis,
-                                  ylabel=label if column == 0 else "")
-            axes[row][column].set_xticks(values, map(str, values))
-            axes[row][column].minorticks_off()
-            axes[row][column].grid(alpha=0.3)
-            axes[row][column].legend(fontsize=8)
-    save_figure(figure, RUNS / "scaling.png")
+                    lines.append({"of": name, "what": unit, "against": axis, "values": values,
+                                  "measured": y, "exponent": exponent(values, y)})
+                    say(f"{name}, {unit} against {axis}: n^{lines[-1]['exponent']:.2f}")
+                    record({"scaling": {**lines[-1], **on_one_thread(device)}})
+    draw_scaling(lines, RUNS / "scaling.png")
+
+
+def draw_scaling(lines, path):
+    """A column an axis, time above memory, both logarithmic."""
+    sweeps = list(dict.fromkeys(line["against"] for line in lines))
+    figure, axes = canvas(2, len(sweeps), 2.7 * len(sweeps), 2.7)
+    for line in lines:
+        row, column = line["what"] == "bytes", sweeps.index(line["against"])
+        axis, (colour, marker) = axes[int(row)][column], STYLES[line["of"]]
+        axis.plot(line["values"], [y / (1e6 if row else 1) for y in line["measured"]],
+                  marker=marker, color=colour, label=f"{line['of']}  n^{line['exponent']:.2f}")
+        axis.set(xscale="log", yscale="log", xlabel=line["against"])
+        axis.set_xticks(line["values"], map(str, line["values"]))
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=9)
+    for row, label in zip(axes, ("seconds", "MB beside what lives"), strict=True):
+        row[0].set_ylabel(label)
+    save_figure(figure, path)
 
 
 BENCHES = {"routing": bench_routing, "sinkhorn": bench_sinkhorn, "network": bench_network,

@@ -1,4 +1,4 @@
-"""train.py: command line, data sets, resume, faults, several processes.   [DESIGN 2, 4, 8]
+"""train.py: command line, data sets, resume, faults, several processes.
 
 Runs without faults go through train.main in this process; faults are caused for real, in processes
 forked from a server that has imported torch once (a fork costs 0.1 s, an import 5).
@@ -235,7 +235,7 @@ def nan_feedback(k):
 
 
 # ------------------------------------------------------------------------------------------------
-# A run is never lost: resume is exact   [DESIGN 8]
+# A run is never lost: resume is exact
 # ------------------------------------------------------------------------------------------------
 
 # twelve steps with everything that is random or annealed: 4 an epoch, saved after each

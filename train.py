@@ -214,14 +214,14 @@ def make_config(**given):
     before = Config(**settings)                                          # without the user's wishes
     config = Config(**merge(settings, given))
     if config.augment == "++" and "epochs" not in given:
-        config.epochs = round(1.5 * config.epochs)                       # DESIGN 4.9
+        config.epochs = round(1.5 * config.epochs)                       # our choice
     if "milestones" not in given:
         stretch = config.epochs / max(1, before.epochs)
         config.milestones = tuple(max(1, round(m * stretch)) for m in config.milestones)
     source = DATASETS[config.dataset]
     config.image_size = config.image_size or max(source.side, MODEL_SIDE.get(config.model, 0))
     if config.model == "encapnet" and config.image_size >= 128:
-        config.set = {"stem_stride": 4, **config.set}                    # DESIGN 4.9
+        config.set = {"stem_stride": 4, **config.set}                    # our choice
     if "flip" not in given:
         config.flip = config.augment == "++" and source.flips
     if config.recipe == "fast" and "amp" not in given:
@@ -2337,6 +2337,8 @@ def make_parser():
     """One flag for every field of Config, and the commands."""
     parser = Parser("train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="Defaults are the paper's, but without --dataset or with --dataset "
+                           f"digits:\n{' '.join(flags(RECIPES['digits']))}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("commands; without one, train")
     commands.add_argument("--table", type=int, choices=sorted({2, *TABLES}),
