@@ -406,6 +406,7 @@ def network_step(form, feedback, batch, model, changes, device):
     ours = form != "plain"
     config = make_config(dataset="cifar10", model=model, batch_size=batch, device=str(device),
                          channels_last=ours, compile=form == "compiled",
+                         amp=device.type == "cuda",
                          set={**changes, "feedback": feedback})
     run = build_run(config, random_data(config, device), device)
     run.net.train()
@@ -436,9 +437,9 @@ class Traffic(TorchDispatchMode):
 
 
 def ceilings(device):
-    """What the device reaches in float32: operations a second, bytes a second."""
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    """What the device reaches: operations a second (a GPU: in bfloat16), bytes a second."""
+    n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
     x, y = (torch.zeros(2 ** 26, device=device) for _ in range(2))
     return (2 * n ** 3 / timed(lambda: torch.mm(a, b), device),
             2 * x.numel() * x.element_size() / timed(lambda: y.copy_(x), device))
