@@ -1260,6 +1260,8 @@ WORDS = st.one_of(
 @given(st.lists(WORDS, max_size=6))
 @example(["--set", "types=" + "9" * 5000])
 @example(["--resume", "\0"])
+@example(["\n"])
+@example(["--model", "a\nb"])
 def test_no_command_line_shows_a_traceback(cli, monkeypatch, words):
     def nothing(config):
         raise train.Problem("ran")

@@ -2511,7 +2511,7 @@ def guarded(program, function, arguments):
         elif not isinstance(error, Problem):
             message = f"unexpected {type(error).__name__}: {reason(error)} (--debug shows where)"
         if rank() == 0 or code == 1:
-            print(f"{program}: {message}", file=sys.stderr)
+            print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
         return code
     finally:
         if dist.is_initialized():
