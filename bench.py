@@ -6,10 +6,10 @@
     python train.py --bench network         EncapNet against a straightforward one; cost of feedback
     python train.py --bench scaling         what grows how; draws runs/scaling.png
 
-Everything here is measured forward and backward.  On a CPU with one thread, each side in a process
-of its own, whose peak memory is then its own; on a GPU with the device waited for.
+Everything here is measured forward and backward, on a GPU with the device waited for, on a CPU with
+one thread (but for a training step).  There memory, and the time of routing, are those of a process
+of its own; divergences and networks are timed in turn in one process, so that drift meets all.
 """
-import contextlib
 import itertools
 import multiprocessing
 import os
@@ -18,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.utils._pytree as pytree
@@ -29,6 +30,7 @@ from encapnet import RoutedCapsules, squash
 from train import (
     RUNS,
     Data,
+    Problem,
     Split,
     build_run,
     canvas,
@@ -36,7 +38,6 @@ from train import (
     environment,
     make_config,
     markdown,
-    pick_device,
     rank,
     record,
     save_figure,
@@ -122,6 +123,9 @@ def bench_step(config, seconds=3.0):
 # ------------------------------------------------------------------------------------------------
 
 
+CLEAR_REFS = Path("/proc/self/clear_refs")                              # of Linux
+
+
 def once(step, device):
     """Seconds of one call, the device waited for."""
     begun = time.perf_counter()
@@ -160,11 +164,10 @@ def extra_memory(step, device):
         return torch.cuda.max_memory_allocated(device) - before
 
     def status(name):
-        with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                                  # forget the peak so far
+    CLEAR_REFS.write_text("5")                                           # forget the peak so far
     before = status("VmRSS")
     step()
     return status("VmHWM") - before
@@ -226,7 +229,7 @@ def speed_row(line):
         ours, theirs = line[f"ours_{unit}"], line.get(unit)
         cells.append([f"{scale * x:,.{digits}f}" if x else "–" for x in (ours, theirs)]
                      + [f"{theirs / ours:.2f}" if ours and theirs else "–"])
-    return [line["what"], line["instead"] or "–", *cells[0], *cells[1], line["device"]]
+    return [line["what"], line["instead"], *cells[0], *cells[1], line["device"]]
 
 
 def render_speed(entries):
@@ -578,8 +581,10 @@ def run_bench(name, config):
     """--bench NAME."""
     if name == "step":
         return bench_step(config)
-    device = pick_device(config.device)
-    threads = torch.get_num_threads()
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)
-        BENCHES[name](start(config) if device.type == "cuda" else device)
+    device, threads = start(config), torch.get_num_threads()
+    if device.type != "cuda" and not (device.type == "cpu" and CLEAR_REFS.exists()):
+        raise Problem(f"--bench {name} needs a GPU, or the account that Linux gives of a process")
+    try:
+        BENCHES[name](device)
+    finally:
+        torch.set_num_threads(threads)

@@ -20,22 +20,26 @@ Deviations from the print and the authors' released code, and readings of what n
     1  Eq. (9) prints b(l+1) = 1/(K a(l)); a(0) is undefined, so a(l+1) is meant.  Columns are
        updated first, as printed (the released code begins with rows).
     2  The aide kernel size k2 is not printed; 3x3 without the own type fits Table 1's (f) - (e).
-       Released: k2 = k1 + 4, own type included, and what `squash_branches` does.
+       Released: k2 = k1 + 4, own type included, BatchNorm-ReLU-squash already in each branch (the
+       keywords aide_kernel and squash_branches give the first and the last).
     3  The generator is grouped by capsule type, as released; App. B prints "the dimension of input
        capsules", which would mix types here.  Where the extractor would end in one number, which
        has no gradient under cosine cost, its second stride is 1.  It runs once, on real and
        generated samples together, so that both meet the same batch statistics.
     4  The softmax of dynamic routing runs over the input capsules (App. A.i), not the output.
     5  EM rescales the cost over j to [-5, 5] (App. A.i gives no formula).  Input activations are
-       the sigmoid, not the released ReLU, of BatchNorm(conv); a class score is |squash(mu)|.
+       the sigmoid, not the released ReLU, of BatchNorm(conv); a class score is |squash(mu)|.  R
+       starts equal over j, the inverse temperature is 1 + r, a variance has 1e-8 added.
     6  The skip of type I is a 3x3 convolution grouped by type, so that no type meets another
-       outside the aide.  Coefficients have a bias that starts at 1: s = v1 + v2 + a correction.
+       outside the aide; both skips join before BatchNorm, type II's at the end of its chain.
+       Coefficients have a bias that starts at 1: s = v1 + v2 + a correction.
     7  KL compares softmaxed features, KL(real || generated); the paper only names it.
     8  Routing weights start at a scale that makes v a few tenths long at Table 1's size, neither
        lost nor saturated by squash: 0.3 sqrt(types / in_dim), and sqrt(P) more in CapNet's second
        layer, whose inputs differ at every position.  The paper says "Gaussian".
     9  The stem M0 is convolution, BatchNorm, ReLU, not squashed; the vanilla generator of Table 3
-       (d4) keeps BatchNorm and ReLU and drops grouping and squash.  The paper says neither.
+       (d4) keeps BatchNorm and ReLU and drops grouping and squash.  The stem has stride 4 for
+       images of 128 and more.  The paper says none of it.
 """
 import inspect
 import math

@@ -159,6 +159,12 @@ def test_scaling_in_miniature(at_once):
     assert Path("runs/scaling.png").stat().st_size > 10_000
 
 
+def test_a_bench_needs_linux_or_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "CLEAR_REFS", Path("/nowhere"))
+    assert train.main(["--bench", "routing", "--device", "cpu"]) == 2
+    assert "Linux" in capsys.readouterr().err
+
+
 def test_bench_from_the_command_line(monkeypatch, capsys):
     called = []
     monkeypatch.setitem(bench.BENCHES, "sinkhorn", called.append)

@@ -1105,6 +1105,17 @@ def test_table_1_measures_cost(cli, quick):
     assert [b["batch"] for b in benches] == [128]
 
 
+def test_costs_of_another_device_are_measured_again(cli, quick, monkeypatch):
+    config = train.row_config(train.CIFAR10, train.use("cnn-same", width=1 / 16))
+    line = {**train.cost_key(config), "batch": 128, "device": "H100"}
+    Path("runs").mkdir(exist_ok=True)
+    Path("runs/results.jsonl").write_text(json.dumps({"bench": line}) + "\n")
+    train.measure_costs({"set": {"types": 2}, "device": "cpu"}, ["(c)"])
+    train.measure_costs({"set": {"types": 2}, "device": "cpu"}, ["(c)"])
+    lines = list(train.read_lines(Path("runs/results.jsonl")))
+    assert [entry["bench"]["device"][:3] for entry in lines] == ["H10", "CPU"]
+
+
 def test_table_2_is_the_built_network(cli):
     done = cli("--table 2")
     assert done.code == 0 and done.out.count("as the paper's") == 2

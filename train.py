@@ -1985,13 +1985,18 @@ def cost_key(config):
         "model", "set", "image_size", "amp", "compile", "channels_last")}
 
 
+def costs_of(config, benches):
+    """The lines of --bench with these settings, of any batch and device."""
+    return [b for b in benches if all(b.get(k) == v for k, v in cost_key(config).items())]
+
+
 def render_costs(part, given, benches):
     """Table 1's parameters, memory and time a batch."""
     rows = []
     for name, changes, paper in part.rows:
         megabits, memory, batch, seconds = paper["cost"]
         config = row_config(CIFAR10, changes, given)
-        known = [b for b in benches if all(b.get(k) == v for k, v in cost_key(config).items())]
+        known = costs_of(config, benches)
         line = next((b for b in reversed(known) if b["batch"] == batch), None)
         cells = ["–"] * 4
         if line:
@@ -2014,10 +2019,10 @@ def measure_costs(given, only):
         if only and not any(word in name for word in only):
             continue
         config, batch = row_config(CIFAR10, changes, given), paper["cost"][2]
-        benches = read_results(*published(), RUNS / "results.jsonl")[1]
-        known = [b["batch"] for b in benches
-                 if all(b.get(k) == v for k, v in cost_key(config).items())]
-        limit = batch if pick_device(config.device).type == "cpu" else 4096
+        device = pick_device(config.device)
+        benches = costs_of(config, read_results(*published(), RUNS / "results.jsonl")[1])
+        known = [b["batch"] for b in benches if b["device"] == environment(device)["device"]]
+        limit = batch if device.type == "cpu" else 4096
         while batch <= limit:
             if batch not in known:
                 say(f"--- {name}: memory and time at batch {batch}")
@@ -2038,8 +2043,7 @@ def show_table(number, only, seeds, given):
     for part in wanted_parts(number, given) if number != 2 else ():
         cells = [(f"{row}, {column}", config)
                  for row, column, config in part_cells(part, given, only)]
-        failures += obtain_all(cells,
-                               seeds, runs)
+        failures += obtain_all(cells, seeds, runs)
     benches = read_results(*published(), RUNS / "results.jsonl")[1]
     text = render_table(number, given, (runs, benches))
     say("\n" + text)
@@ -2299,9 +2303,8 @@ def test_only(given):
                                std=state["data"]["std"].to(device))
     run = Run(config, data, device, net, net, None, {})
     test = evaluate(run, config.augment != "none")
-    say(f"{data.name}, {config.model} after epoch {state['epoch']}: test error {test['error']:.2f} "
-        f"%, "
-        f"top-5 {test['top5_error']:.2f} %, {test['images']:,} images")
+    say(f"{data.name}, {config.model} after epoch {state['epoch']}: test error "
+        f"{test['error']:.2f} %, top-5 {test['top5_error']:.2f} %, {test['images']:,} images")
 
 
 @torch.no_grad()
