@@ -660,7 +660,7 @@ ABLATIONS = [                                                            # rows 
     *(("encapnet", dict(skip=s, feedback=0, **SHALLOW)) for s in ("I", "II", None)),
     *(("encapnet", dict(feedback=1, **{k: v}, **SHALLOW)) for k, v in [
         ("divergence", "kl"), ("bias_fix", False), ("plan_grad", True), ("extractor", False),
-        ("generator", "vanilla"), ("cost", "l2"), ("aide_kernel", 5)]),
+        ("generator", "vanilla"), ("cost", "l2"), ("aide_kernel", 5), ("squash_branches", True)]),
     ("resnet18", dict(feedback=1)), ("resnet18", dict(feedback=2, divergence="kl")),
     *(("capnet-dynamic", {k: v}) for k, v in [("iterations", 1), ("iterations", 4),
         ("softmax", "out"), ("b_init", "random"), ("b_init", "learnable"), ("factored", False)]),

@@ -1075,12 +1075,76 @@ def test_a_table_runs_and_stands_beside_the_papers(number, words, ran, dashed, c
     cells = numbers(text, ran)
     assert re.fullmatch(r"\d+\.\d\d", cells[0]) and re.search(r"\d|fail", cells[1]), cells
     assert "1 seed, 1 epochs, CPU" in cells[-1] and numbers(text, dashed)[1] == "–"
+    assert cells[2] == "–"                                             # digits, not the paper's
     again = cli(table)
     assert again.code == 0 and "---" not in again.out.split("**Table")[0]     # nothing run twice
     assert again.out[again.out.index("**Table"):] == text
     assert Path(f"runs/table-{number}.md").read_text().strip() == text.strip()
     if number == 4:
         assert "quoted" in numbers(text, "DSN")[-1]
+
+
+USUAL = dict(coefficients="both", skips="I II", aide=3, squashed=False, units=0, divergence="ot",
+             bias_fix=True, plan_grad=False, extractor=True, generator="capsule", cost="cosine",
+             lam=10.0)
+BARE, UNIT = dict(skips=""), dict(units=1)
+TABLE_3 = {    # what tells a row from EncapNet with both skips and no unit
+    "(1)": dict(BARE, coefficients=None, aide=None), "(2)": dict(BARE, coefficients="own"),
+    "(3)": dict(BARE, coefficients="cross"), "(4)": BARE, "(5)": dict(skips="I"),
+    "(6)": dict(skips="II"), "(7)": {}, "(8)": dict(units=2), "(a)": {},
+    "(b)": dict(UNIT, divergence="kl"), "(c)": UNIT, "(d1)": dict(UNIT, bias_fix=False),
+    "(d2)": dict(UNIT, plan_grad=True), "(d3)": dict(UNIT, extractor=False),
+    "(d4)": dict(UNIT, generator="vanilla"), "(d5)": dict(UNIT, cost="l2"),
+    "aide kernel 1": dict(aide=1), "aide kernel 5": dict(aide=5), "aide kernel 7": dict(aide=7),
+    "squash in each branch": dict(squashed=True), "OT loss, lambda 0.1": dict(UNIT, lam=0.1),
+    "OT loss, lambda 1": dict(UNIT, lam=1.0), "OT loss, lambda 10": dict(UNIT, lam=10.0)}
+
+
+def ablations_of(config):
+    """What is built, in the words of USUAL."""
+    net = train.make_model(config, 10, 3)
+    module, layers = net.blocks[0], [m for m in net.modules() if isinstance(m, encapnet.CapConv)]
+    found = {(m.coefficients, m.coefficients and m.aide.weight.shape[-1],
+              m.branch_norms is not None) for m in layers}
+    (coefficients, aide, squashed), = found                            # every layer is alike
+    skips = " ".join(["I"] * (module.reduce.skip is not None) + ["II"] * module.skip)
+    built = dict(coefficients=coefficients, aide=aide, squashed=squashed, skips=skips,
+                 units=len(net.units) // len(net.blocks), lam=config.lam)
+    for unit in net.units:
+        built |= dict(divergence=unit.kind, bias_fix=unit.bias_fix, cost=unit.cost,
+                      plan_grad=unit.sinkhorn["plan_grad"], extractor=unit.extractor is not None,
+                      generator="capsule" if unit.types else "vanilla")
+    return built
+
+
+def test_rows_of_table_3_build_what_they_are_called():
+    small = {"set": dict(types=2, depths=(2, 1), dims=(1, 2, 2))}
+    cells = [cell for part in train.TABLES[3] for cell in train.part_cells(part, small)
+             if cell[1] == "EncapNet"]
+    assert len(cells) == len(TABLE_3)
+    for row, _, config in cells:
+        changed, = (changes for name, changes in TABLE_3.items()
+                    if row == name or row.startswith(f"{name} "))
+        assert ablations_of(config).items() <= (USUAL | changed).items(), row
+
+
+def test_rows_of_tables_1_and_5_are_what_they_are_called():
+    part, = train.TABLES[1]
+    models = [(row[:3], config.model, config.dataset)
+              for row, _, config in train.part_cells(part, {})]
+    names = ["capnet-dynamic", "capnet-em", "cnn-same", "cnn-similar", "encapnet6-master",
+             "encapnet6"]
+    assert sorted(models) == sorted((f"({letter})", name, data) for letter, name in
+                                    zip("abcdef", names, strict=True)
+                                    for data in ("cifar10", "mnist"))
+    iterations, starts, losses = (list(train.part_cells(part, {})) for part in train.TABLES[5])
+    assert all(train.make_model(config, 10, 3).routed[0].iterations == int(row)
+               for row, _, config in iterations) and len(iterations) == 4
+    assert [config.set["b_init"] for _, _, config in starts] == [row for row, *_ in starts]
+    called = {"spread, fix m": "spread-fixed", "spread": "spread", "margin": "margin",
+              "CE loss": "ce"}
+    assert all((called[row], column.lower()) == (config.loss, config.optimizer)
+               for row, column, config in losses) and len(losses) == 12
 
 
 @pytest.mark.slow
@@ -1177,6 +1241,7 @@ def test_every_column_tells_its_own_seeds_and_devices():
         for seed, device in enumerate(devices):
             runs[train.config_key(config), seed] = {**result, "environment": {"device": device}}
     text = train.render_part(1, train.TABLES[1][0], {}, runs)
+    assert "| 14.28 | 10.00 ± 0.00 | -4.28 | 0.37 | 10.00 | +9.63 |" in text
     assert "| CIFAR-10: 2 seeds, 600 epochs, H100; MNIST: 1 seed, 600 epochs, CPU |" in text
 
 
