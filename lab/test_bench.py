@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
 import encapnet
 import train
+from lab import bench
 
 CPU = torch.device("cpu")
 

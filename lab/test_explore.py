@@ -1,9 +1,8 @@
-"""explore.py: its pictures, its attacks, and the README's examples."""
+"""explore: its pictures, its attacks, and the README's examples."""
 import dataclasses
 import json
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -13,10 +12,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import encapnet
-import explore
 import train
+from conftest import HERE
+from lab import explore
+from lab.config import make_config
+from lab.data import normalised
+from lab.fit import agreement, make_model
+from lab.runtime import Problem
 
-HERE = Path(__file__).parent
 MODELS = {"encapnet": "encapnet-small --set types=2 --set dims=(1,1,2,2)",
           "again": "encapnet-small --set types=2 --set dims=(1,1,2,2) --seed 1",
           "em": "capnet-em --set types=2", "cnn": "cnn-same --set width=0.1"}
@@ -66,14 +69,14 @@ def test_explain_s_numbers_are_those_of_the_network(runs, fewer):
     em = explore.load(runs["em"])
     drawn = explore.draw_polarisation(em, figure)
     x, labels = em.images(64)
-    assert drawn["trained"] == train.agreement(em.net, train.normalised(x, em.data), labels)
+    assert drawn["trained"] == agreement(em.net, normalised(x, em.data), labels)
     assert drawn["untrained"] != drawn["trained"]
 
 
 def test_untrained_is_the_network_before_training(runs):
     run = explore.load(runs["encapnet"])
     torch.manual_seed(run.config.seed)
-    fresh = train.make_model(run.config, 10, 3)
+    fresh = make_model(run.config, 10, 3)
     before = explore.untrained(run).net.get_parameter("classes.weight")
     assert torch.equal(before, fresh.get_parameter("classes.weight"))
     assert not torch.equal(before, run.net.get_parameter("classes.weight"))
@@ -211,7 +214,7 @@ def test_runs_of_other_settings_are_not_seeds_of_one(runs, capsys):
     assert explore.unlike(other, run.config) == {"lam": 5.0} and not explore.unlike(run, run.config)
     flags = explore.cnn_command(run).split()[2:]
     _, given = train.parse(flags)
-    assert explore.training(train.make_config(**given)) == explore.training(run.config)
+    assert explore.training(make_config(**given)) == explore.training(run.config)
 
 
 def test_a_network_that_is_always_wrong_cannot_be_attacked(runs):
@@ -220,7 +223,7 @@ def test_a_network_that_is_always_wrong_cannot_be_attacked(runs):
     with torch.no_grad():
         wrong = 1 + torch.cat([run.scores(run.images(len(labels))[0])]).argmax(1)
     run.data.test.labels = wrong % 10
-    with pytest.raises(train.Problem, match="none of"):
+    with pytest.raises(Problem, match="none of"):
         explore.measure(run, len(labels), 1, 1, (4,))
 
 
@@ -235,7 +238,7 @@ def test_bad_input_is_one_line(arguments, words, runs, capsys):
     given = [str(places.get(word, word)) for word in arguments.split()]
     assert explore.main(given) == 2
     err = capsys.readouterr().err
-    assert words in err and err.startswith("explore.py: ") and err.count("\n") == 1, err
+    assert words in err and err.startswith("explore: ") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("name, answer", [("FeedbackUnit", "loss"),

@@ -27,25 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import encapnet
 from encapnet import RoutedCapsules, squash
-from train import (
-    RUNS,
-    Data,
-    Problem,
-    Split,
-    build_run,
-    canvas,
-    cost_key,
-    environment,
-    make_config,
-    markdown,
-    rank,
-    record,
-    save_figure,
-    say,
-    start,
-    train_step,
-    world,
-)
+from lab.config import cost_key, make_config
+from lab.data import Data, Split
+from lab.figures import canvas, save_figure
+from lab.fit import build_run, environment, record, start, train_step
+from lab.runtime import RUNS, Problem, rank, say, world
 
 # ------------------------------------------------------------------------------------------------
 # A training step
@@ -217,28 +203,10 @@ def compare(what, ours, peers, device):
         line = {"what": what, "instead": name, "ours_seconds": ours[0], "seconds": seconds,
                 "ours_MB": ours[1] and ours[1] / 1e6, "MB": memory and memory / 1e6,
                 **{name: where[name] for name in ("device", "commit", "torch", "command")}}
-        say(" | ".join(speed_row(line)))
+        say(f"{what}: {1e3 * ours[0]:,.1f} ms"
+            + (f"; {name}: {1e3 * seconds:,.1f} ms, {seconds / ours[0]:.2f} x" if seconds else ""))
         if rank() == 0:
             record({"speed": line})
-
-
-def speed_row(line):
-    """Cells of a comparison: what, ours, instead, theirs, ratio, memory ours, theirs, ratio."""
-    cells = []
-    for unit, scale, digits in (("seconds", 1e3, 1), ("MB", 1, 0)):
-        ours, theirs = line[f"ours_{unit}"], line.get(unit)
-        cells.append([f"{scale * x:,.{digits}f}" if x else "–" for x in (ours, theirs)]
-                     + [f"{theirs / ours:.2f}" if ours and theirs else "–"])
-    return [line["what"], line["instead"], *cells[0], *cells[1], line["device"]]
-
-
-def render_speed(entries):
-    """README's table of the comparisons that results/ holds; later lines win."""
-    lines = {(line["what"], line["instead"], line["device"]): line
-             for line in (e["speed"] for e in entries if "speed" in e)}
-    return markdown(["forward and backward", "instead", "ms: ours", "instead", "ratio",
-                     "MB: ours", "instead", "ratio", "device"], map(speed_row, lines.values()))
-
 
 # ------------------------------------------------------------------------------------------------
 # Routing

@@ -1,7 +1,7 @@
 """Beyond the paper: see what a capsule means, and test what the paper only says in words.
 
-    python explore.py explain RUN               one page of pictures, RUN/explain.png
-    python explore.py robustness RUN [RUN...]   error under changes and attacks: a table, a plot
+    python -m lab.explore explain RUN               one page of pictures, RUN/explain.png
+    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks: a table, a plot
 
 RUN is a folder of train.py, of any model and data set.  Several runs of one model are its seeds.
 """
@@ -19,8 +19,14 @@ import torch
 import torch.nn.functional as F
 
 import encapnet
-import train
-from train import COLOURS, Problem, say
+from lab.checkpoint import run_folder
+from lab.config import Config, Parser, config_key, flags, identity, make_config, number
+from lab.data import Data, fit_side, load_data, normalised, views
+from lab.digits import POSE, draw_digits
+from lab.figures import COLOURS, canvas, draw_agreement, save_figure
+from lab.fit import agreement, call, classification_loss, environment, make_model, trained
+from lab.runtime import Problem, guarded, reason, say, write_file
+from lab.tables import markdown
 
 DRAWN = 4000                                                            # digits for parts 1 and 3
 PALETTE = (*COLOURS, "#E69F00", "#56B4E9", "#000000")                  # the rest of Okabe and Ito's
@@ -30,9 +36,9 @@ class Trained(NamedTuple):
     """A run to look at.   net: in eval mode, its weights fixed;  data: test split, mean, std"""
 
     folder: Path
-    config: train.Config
+    config: Config
     net: torch.nn.Module
-    data: train.Data
+    data: Data
     device: torch.device
 
     @property
@@ -48,32 +54,32 @@ class Trained(NamedTuple):
 
     def scores(self, x):
         """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
-        return train.call(self.net, self.config, train.normalised(x, self.data))[0]
+        return call(self.net, self.config, normalised(x, self.data))[0]
 
     def images(self, n):
         """n test images (n, C, H, W) in [0, 1] and labels, spread over the whole test set."""
         test = self.data.test
         index = torch.linspace(0, len(test) - 1, min(n, len(test)), device=self.device).long()
         images, labels, _ = next(test.batches([index], self.device))
-        return next(train.test_views(images, self.data.side, False, False)), labels
+        return next(views(images, self.data.side, False, False)), labels
 
     def digits(self, n, **options):
         """n drawn test images in [0, 1], labels and poses; poses are what files do not tell."""
-        images, labels, poses = train.draw_digits(n, False, **options)
-        images = train.fit_side(images, self.data.side).to(self.device).float() / 255
+        images, labels, poses = draw_digits(n, False, **options)
+        images = fit_side(images, self.data.side).to(self.device).float() / 255
         return images, labels.to(self.device), poses.to(self.device)
 
 
 def load(path, device="auto"):
-    config, state, net, device = train.trained({"resume": str(path), "device": device})
+    config, state, net, device = trained({"resume": str(path), "device": device})
     # Nothing here looks at training images; of digits, which are drawn, one is enough.
     few = dataclasses.replace(config, train_images=int(config.dataset == "digits"))
-    data = train.load_data(few, device)
+    data = load_data(few, device)
     if data.classes != state["data"]["classes"]:
         raise Problem(f"{path}: its data set now has other classes than it was trained on")
     data = dataclasses.replace(data, mean=state["data"]["mean"].to(device),
                                std=state["data"]["std"].to(device))
-    folder = train.run_folder(path)
+    folder = run_folder(path)
     folder = folder if folder.is_dir() else folder.parent
     return Trained(folder, config, net.requires_grad_(False), data, device)
 
@@ -81,7 +87,7 @@ def load(path, device="auto"):
 def untrained(run):
     """The same network before training, BatchNorm set to real images: what comes for nothing."""
     torch.manual_seed(run.config.seed)
-    net = train.make_model(run.config, len(run.data.classes), run.data.channels).to(run.device)
+    net = make_model(run.config, len(run.data.classes), run.data.channels).to(run.device)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
@@ -151,7 +157,7 @@ def draw_pose(run, figure, beside):
     fits = {name: r_squared(features(r, x.to(r.device), labels), poses, labels)
             for name, r in runs.items()}
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    names = list(train.POSE)
+    names = list(POSE)
     shown = left.imshow(fits[run.name][1].numpy(), cmap="viridis", vmin=0, aspect="auto")
     left.set_xticks(range(0, 16, 3))
     left.set_yticks(range(len(names)), names)
@@ -246,9 +252,9 @@ def draw_polarisation(run, figure):
     numbers, axes = {}, figure.subplots(1, 2)
     for axis, name, net in zip(axes, ("untrained", "trained"), (untrained(run).net, run.net),
                                strict=True):
-        found = numbers[name] = train.agreement(net, train.normalised(x, run.data), labels)
+        found = numbers[name] = agreement(net, normalised(x, run.data), labels)
         axis.set(title=name, xlabel="cosine of vote and class capsule", ylabel="% of votes (grey)")
-        twin = train.draw_agreement(axis, found)
+        twin = draw_agreement(axis, found)
         twin.set_ylabel("their mean length", color=COLOURS[0])
     return numbers
 
@@ -313,7 +319,7 @@ PARTS = [  # title; whether it applies, and why not; how; height in inches
 def training(config):
     """The settings that must agree for a fair comparison."""
     own = ("model", "set", "seed", "loss")
-    fields = {**train.identity(config), "epochs": config.epochs}
+    fields = {**identity(config), "epochs": config.epochs}
     return {name: value for name, value in fields.items() if name not in own}
 
 
@@ -327,8 +333,8 @@ def cnn_command(run):
     """What trains a CNN of equal size in the same way; its weights grow as its width squared."""
     c, full = run.config, encapnet.build("cnn-same", len(run.data.classes), run.data.channels)
     width = math.sqrt(run.size / sum(p.numel() for p in full.parameters()))
-    usual = train.make_config(dataset=c.dataset, model="cnn-same", epochs=c.epochs)
-    words = train.flags({"dataset": c.dataset, "data_path": c.data_path, "model": "cnn-same",
+    usual = make_config(dataset=c.dataset, model="cnn-same", epochs=c.epochs)
+    words = flags({"dataset": c.dataset, "data_path": c.data_path, "model": "cnn-same",
                          "set": {"width": round(width, 2)}, "epochs": c.epochs, "seed": c.seed,
                          **{k: v for k, v in unlike(run, usual).items() if k != "dataset"}})
     return f"python train.py {shlex.join(words)}"
@@ -357,13 +363,13 @@ def explain(run, beside=None, device="auto"):
     title = f"{run.name} on {run.data.name}, {run.size:,} weights, {run.config.epochs} epochs"
     head.text(.01, .9, "\n".join([title, *notes]), va="top", fontsize=9)
     numbers = {"run": str(run.folder), "notes": notes,
-               "environment": train.environment(run.device)}
+               "environment": environment(run.device)}
     for row, (title, _, _, draw, _) in zip(rows, parts, strict=True):
         row.suptitle(title, fontsize=11, x=.01, ha="left", weight="bold")
         numbers[title] = draw(run, row, beside) if draw is draw_pose else draw(run, row)
     say("\n".join(notes))
-    train.write_file(run.folder / "explain.json", json.dumps(numbers, indent=1).encode())
-    train.save_figure(figure, run.folder / "explain.png")
+    write_file(run.folder / "explain.json", json.dumps(numbers, indent=1).encode())
+    save_figure(figure, run.folder / "explain.png")
     return numbers
 
 
@@ -417,7 +423,7 @@ def objectives(run):
         config = run.config
         if config.loss == "ce":
             return F.cross_entropy(scores, labels, reduction="none")
-        return torch.stack([train.classification_loss(config, s[None], t[None], 1.0)
+        return torch.stack([classification_loss(config, s[None], t[None], 1.0)
                             for s, t in zip(scores, labels, strict=True)])
     open_up = (lambda z: z) if run.net.logits else unsquashed
     return {"loss": loss, "lengths": rival,
@@ -511,7 +517,7 @@ def tables(groups):
     slopes = [[f"{objective}: % of images with no gradient",
                *(mean_sd([line["gradients"][objective]["vanishing_percent"] for line in lines])
                  for lines in groups.values())] for objective in first["gradients"]]
-    return "\n\n".join(train.markdown([head, *heads], body) for head, body in (
+    return "\n\n".join(markdown([head, *heads], body) for head, body in (
         ("error in % (seeds)", rows), ("gradient on right test images", slopes)))
 
 
@@ -519,7 +525,7 @@ def draw_robustness(groups, path):
     """A panel a change or attack, a line a model, bars the sd over seeds."""
     units = {**{k: unit for k, (unit, _) in CHANGES.items()},
              **dict.fromkeys(("FGSM", "PGD", "PGD margin"), "eps, in 1/255")}
-    figure, axes = train.canvas(2, 4, width=11, height=2.9)
+    figure, axes = canvas(2, 4, width=11, height=2.9)
     for axis, (test, unit) in zip(axes.flat, units.items(), strict=True):
         for k, (name, lines) in enumerate(groups.items()):
             kept = [{"0": line["errors"]["clean"]["0"], **line["errors"][test]} for line in lines]
@@ -533,7 +539,7 @@ def draw_robustness(groups, path):
     for row in axes:
         row[0].set_ylabel("error (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    train.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_dir=None,
@@ -547,14 +553,14 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_
                           f"{first.folder} on {first.data.name}")
         if unlike(run, first.config):
             say(f"note: {run.folder} was not trained as {first.folder} was: no fair comparison")
-        if (train.config_key(run.config), run.config.seed) in seeds:
+        if (config_key(run.config), run.config.seed) in seeds:
             raise Problem(f"{run.folder}: seed {run.config.seed} of {run.name} a second time")
-        seeds.add((train.config_key(run.config), run.config.seed))
+        seeds.add((config_key(run.config), run.config.seed))
     folder = Path(output_dir or (first.folder if len(runs) == 1 else first.folder.parent))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Problem(f"--output-dir {folder}: {train.reason(error)}") from error
+        raise Problem(f"--output-dir {folder}: {reason(error)}") from error
     for run in runs:
         since = time.time()
         try:
@@ -568,14 +574,14 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_
                 "attacks": {"norm": "L-inf", "steps": steps, "restarts": restarts,
                             "step_size": "2.5 eps / steps", "margin_steps": 2 * steps},
                 "errors": errors, "gradients": gradients, "seconds": round(time.time() - since, 1),
-                "folder": str(run.folder), "environment": train.environment(run.device)}
+                "folder": str(run.folder), "environment": environment(run.device)}
         changes = "".join(f" {k}={v}" for k, v in unlike(run, first.config).items())
         groups.setdefault(run.name + changes, []).append(line)
         say(f"{run.folder}: {run.name}, seed {run.config.seed}, {line['seconds']:.0f} s")
     if not groups:
         raise Problem("no run is left to compare")
     text = "".join(json.dumps(line) + "\n" for lines in groups.values() for line in lines)
-    train.write_file(folder / "robustness.jsonl", text.encode())
+    write_file(folder / "robustness.jsonl", text.encode())
     say(f"\n{first.data.name}, {line['images']} test images.  L-inf attacks, eps in 1/255: PGD "
         f"climbs the training loss, {steps} steps of 2.5 eps / {steps}, {restarts} restarts; PGD "
         f"margin the margin of unsquashed lengths or of logits, {2 * steps} steps of half that.\n")
@@ -591,7 +597,7 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), output_
 
 
 def parse(arguments):
-    parser = train.Parser("explore.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("explore", description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{explain,robustness}")
     one = commands.add_parser("explain", help="one page of pictures in the run's folder")
     one.add_argument("run", metavar="RUN")
@@ -600,9 +606,9 @@ def parse(arguments):
     many.add_argument("runs", nargs="+", metavar="RUN")
     for name, default, help in (("images", 300, "test images"), ("steps", 20, "of PGD"),
                                 ("restarts", 2, "of PGD")):
-        many.add_argument(f"--{name}", type=train.number(1), default=default, metavar="N",
+        many.add_argument(f"--{name}", type=number(1), default=default, metavar="N",
                           help=f"{help} (default: {default})")
-    many.add_argument("--eps", nargs="+", type=train.number(0, float), default=[1, 2, 4, 8],
+    many.add_argument("--eps", nargs="+", type=number(0, float), default=[1, 2, 4, 8],
                       metavar="E", help="of attacks, in 1/255 (default: 1 2 4 8)")
     many.add_argument("--output-dir", metavar="DIR", help="(default: beside the runs)")
     for command in (one, many):
@@ -617,7 +623,7 @@ def command(command, debug, **given):
 
 def main(arguments=None):
     """-> exit code: 0, 2 for bad input, 1 for a failure."""
-    return train.guarded("explore.py", lambda words: command(**vars(parse(words))), arguments)
+    return guarded("explore", lambda words: command(**vars(parse(words))), arguments)
 
 
 if __name__ == "__main__":

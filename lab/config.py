@@ -1,0 +1,263 @@
+"""What a run is asked to be: Config, whose fields are the flags, recipes, what names a result."""
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import encapnet
+from lab.runtime import Problem, pick_device
+
+# ------------------------------------------------------------------------------------------------
+# Names: data sets, and models; torchvision has the peers of Table 4
+# ------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """What a data set is known by: side of its images, whether a mirror image is as good."""
+
+    side: int
+    flips: bool
+    note: str
+
+
+DATASETS = {
+    "digits": Source(32, False, "printed digits like SVHN's, drawn on the fly"),
+    "mnist": Source(32, False, "60,000 + 10,000 grey digits, padded to 32x32"),
+    "fashion-mnist": Source(32, True, "60,000 + 10,000 grey clothes, padded"),
+    "cifar10": Source(32, True, "50,000 + 10,000 photographs of 10 kinds"),
+    "cifar100": Source(32, True, "50,000 + 10,000 photographs of 100 kinds"),
+    "svhn": Source(32, False, "73,257 + 26,032 house numbers"),
+    "folder": Source(32, True, "your images: DIR/{train,test}/CLASS/*.jpg"),
+    "h-imagenet": Source(128, True, "the paper's 200 hard classes of ImageNet"),
+    "imagenet": Source(224, True, "ImageNet: DIR/{train,val}/WNID/*.JPEG"),
+}
+PEERS = {"resnet101": {}, "wide_resnet101_2": {}, "vgg16": {},
+         "googlenet": dict(aux_logits=False, init_weights=True)}
+MODEL_SIDE = {"encapnet-v2": 128, "encapnet-v3": 224}
+
+
+def models():
+    return [*encapnet.MODELS, *PEERS]
+
+
+def has_logits(model):
+    return model in PEERS or encapnet.MODELS[model][0].logits
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments of a command line
+# ------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Problem(message)
+
+
+def did_you_mean(word, known):
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def one_of(known):
+    """Argument type: a name that known(), evaluated late, holds."""
+    def parse(text):
+        if text not in known():
+            hint = did_you_mean(text, known()) or f": choose from {', '.join(known())}"
+            raise argparse.ArgumentTypeError(f"unknown name {text!r}{hint}")
+        return text
+    return parse
+
+
+def number(low, kind=int):
+    """Argument type: a finite number from low on."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) < math.inf:
+                return kind(text)
+        noun = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a {noun}, at least {low}")
+    return parse
+
+
+def assignment(text):
+    """Argument type: types=8 -> ("types", 8); values are Python literals, else strings."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be KEY=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return name, value
+
+
+# ------------------------------------------------------------------------------------------------
+# Config: a field is a flag.  Defaults are the paper's [Sec. 5, Implementation details]
+# ------------------------------------------------------------------------------------------------
+
+
+def option(default, group, help, *, type=None, free=False, **flag):
+    """A field of Config and its flag.  free: no part of a run's identity, may change on resume."""
+    metadata = dict(group=group, help=help, type=type, free=free, flag=flag)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+data_option = functools.partial(option, group="data [Sec. 5; App. C]")
+model_option = functools.partial(option, group="model and loss [Secs. 3, 5; App. A, B]")
+train_option = functools.partial(option, group="optimisation [Sec. 5]")
+run_option = functools.partial(option, group="running", free=True)
+AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-crop test",
+           "++": "also flip (not digits), colour jitter 0.2, schedule x 1.5"}
+LOSSES = ("margin", "spread", "spread-fixed", "ce")
+OPTIMIZERS = ("adam", "rmsprop", "sgd")
+
+
+@dataclasses.dataclass
+class Config:
+    dataset: str = data_option("digits", help="see --list", type=one_of(lambda: DATASETS))
+    data_path: str = data_option("data", help="where data sets are, or go", free=True,
+                                 metavar="DIR")
+    image_size: int = data_option(0, help="side of the images; 0: the data set's", type=number(0))
+    train_images: int = data_option(0, help="use only N, always the same; 0: all", type=number(0),
+                                    metavar="N")
+    test_images: int = data_option(0, help="the same for the test", type=number(0), metavar="N")
+    augment: str = data_option("none", type=one_of(lambda: AUGMENT),
+                               help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
+    flip: bool = data_option(False, help="mirror training images at random (++: yes, digits: no)")
+    class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it",
+                                  metavar="FILE")
+    unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
+                                  "report; trust: do not look beforehand", free=True,
+                                  type=one_of(lambda: ("stop", "skip", "trust")))
+    workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
+                               free=True, type=number(0))
+    model: str = model_option("encapnet", help="see --list", type=one_of(lambda: models()))
+    set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
+                             type=assignment, action="append", metavar="KEY=VALUE")
+    loss: str = model_option("", help="margin, spread, spread-fixed, ce; networks with logits: ce",
+                             type=one_of(lambda: LOSSES))
+    lam: float = model_option(10.0, help="weight of the feedback divergence", type=number(0, float))
+    recipe: str = train_option("default", type=one_of(lambda: ("default", "fast")),
+                               help="default: the paper's (digits: its own); fast: for one evening")
+    optimizer: str = train_option("adam", help="adam, rmsprop, sgd [Table 5]",
+                                  type=one_of(lambda: OPTIMIZERS))
+    lr: float = train_option(1e-4, help="learning rate", type=number(0, float))
+    weight_decay: float = train_option(5e-4, help="L2 penalty", type=number(0, float))
+    batch_size: int = train_option(128, help="over all processes", type=number(1))
+    epochs: int = train_option(600, help="scales the milestones with it", type=number(0), free=True)
+    schedule: str = train_option("steps", help="steps or one-cycle",
+                                 type=one_of(lambda: ("steps", "one-cycle")))
+    milestones: tuple = train_option((200, 300, 400), help="epochs at which the rate falls",
+                                     type=number(1), nargs="+", metavar="EPOCH")
+    gamma: float = train_option(0.1, help="by this factor", type=number(0, float))
+    seed: int = train_option(0, help="of weights, order and augmentation", type=number(0))
+    device: str = run_option("auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    amp: bool = run_option(False, help="bfloat16 where it is safe; recipe fast: on a GPU, yes")
+    compile: bool = run_option(False, help="torch.compile the model")
+    channels_last: bool = run_option(False, help="memory format of images and convolutions")
+    deterministic: bool = run_option(False, help="bit-exact on a GPU too, slower")
+    output_dir: str = run_option("", help="folder of the run (default: a new one in runs/)",
+                                 metavar="DIR")
+    resume: str = run_option(None, help="go on with a run: its folder, or the newest unfinished",
+                             nargs="?", const="newest", metavar="PATH")
+    save_every: float = run_option(60.0, help="seconds between checkpoints, 0: every step",
+                                   type=number(0, float))
+    print_freq: int = run_option(50, help="steps between looks at the loss", type=number(1))
+
+
+RECIPES = {    # what a data set changes in the paper's settings
+    "digits": dict(model="encapnet-small", epochs=2, schedule="one-cycle", lr=3e-3, batch_size=64,
+                   lam=0.1, train_images=16000, test_images=2000, channels_last=True),
+    "h-imagenet": dict(batch_size=256),
+    "imagenet": dict(batch_size=256),
+}
+FAST = dict(schedule="one-cycle", epochs=30, batch_size=512, lr=4e-3, weight_decay=5e-4)
+
+
+def merge(*layers):
+    """Changes to a Config, the later ones over the earlier; `set` is merged key by key."""
+    merged = {}
+    for layer in layers:
+        both = {**merged.get("set", {}), **layer.get("set", {})}
+        merged = {**merged, **layer, "set": both}
+    return merged
+
+
+def make_config(**given):
+    """The Config of a request: given > --recipe fast > the data set's recipe > the paper."""
+    dataset = given.get("dataset", Config.dataset)
+    settings = merge(RECIPES.get(dataset, {}), FAST if given.get("recipe") == "fast" else {})
+    before = Config(**settings)                                          # without the user's wishes
+    config = Config(**merge(settings, given))
+    if config.augment == "++" and "epochs" not in given:
+        config.epochs = round(1.5 * config.epochs)                       # our choice
+    if "milestones" not in given:
+        stretch = config.epochs / max(1, before.epochs)
+        config.milestones = tuple(max(1, round(m * stretch)) for m in config.milestones)
+    source = DATASETS[config.dataset]
+    config.image_size = config.image_size or max(source.side, MODEL_SIDE.get(config.model, 0))
+    if config.model == "encapnet" and config.image_size >= 128:
+        config.set = {"stem_stride": 4, **config.set}                    # our choice
+    if "flip" not in given:
+        config.flip = config.augment == "++" and source.flips
+    if config.recipe == "fast" and "amp" not in given:
+        config.amp = pick_device(config.device).type == "cuda"
+    config.loss = config.loss or ("ce" if has_logits(config.model) else "margin")
+    if has_logits(config.model) and config.loss != "ce":
+        raise Problem(f"--loss {config.loss} needs capsule lengths; {config.model} has logits: ce")
+    return config
+
+
+def flags(fields):
+    """{field of Config: value} -> the words of a command line that give them."""
+    words = []
+    for name, value in fields.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, dict):
+            words += [f"--{flag}={k}={v!r}" for k, v in value.items()]
+        elif isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{flag}")
+        else:
+            many = isinstance(value, (list, tuple))
+            words += [f"--{flag}", *map(str, value if many else [value])]
+    return words
+
+
+def data_name(config):
+    """The name of the data in tables: a folder's own, so cifar10-jpeg is not taken for cifar10."""
+    return Path(config.data_path).resolve().name if config.dataset == "folder" else config.dataset
+
+
+def identity(config):
+    """The fields that decide a result, as plain JSON; epochs apart, which may grow."""
+    fields = [f.name for f in dataclasses.fields(Config) if not f.metadata["free"]]
+    plain = json.loads(json.dumps({name: getattr(config, name) for name in fields}))
+    return {**plain, "dataset": data_name(config)}
+
+
+def identity_fields(config):
+    """The fields that must agree for a run to be this run."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
+            if not f.metadata["free"]}
+
+
+def config_key(config):
+    """A name for the result, the same for every seed."""
+    fields = {**identity(config), "epochs": config.epochs, "seed": None}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def cost_key(config):
+    """What decides the memory and time of a step, beside batch and device."""
+    return {name: getattr(config, name) for name in (
+        "model", "set", "image_size", "amp", "compile", "channels_last")}

@@ -1,0 +1,144 @@
+"""What every room stands on: a Problem and how it is told, devices, processes, files."""
+import contextlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RUNS, PUBLISHED, README = Path("runs"), Path("results"), Path("README.md")
+
+
+class Problem(Exception):
+    """Whatever a user can put right: one line on stderr and an exit code, no traceback."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+class Diverged(Problem):
+    """Training is no longer finite."""
+
+
+def reason(error):
+    """The first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def say(*words):
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def guarded(program, function, arguments):
+    """function(arguments) -> exit code: 0, 2 for bad input, 1 for a failure, 128 + signal."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        function(arguments)
+        return 0
+    except BrokenPipeError:                                              # piped into head
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        code, message = error.code if isinstance(error, Problem) else 1, str(error)
+        if isinstance(error, KeyboardInterrupt):
+            code, message = 130, "interrupted"
+        elif not isinstance(error, Problem):
+            message = f"unexpected {type(error).__name__}: {reason(error)} (--debug shows where)"
+        if rank() == 0 or code == 1:
+            print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
+        return code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def write_file(path, content, keep=None):
+    """Replace path by content or leave it as it was, come what may; the old goes to `keep`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise Problem(f"cannot write {path}: {error.strerror}; what was saved before is intact",
+                      1) from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Devices and processes
+# ------------------------------------------------------------------------------------------------
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def rank_by_rank():
+    """Rank 0 does the block first, the others after it."""
+    if world() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
+
+
+def agreed(number):
+    """The largest number any process brings: one that is to stop stops all on the same step."""
+    if world() == 1:
+        return number
+    ballot = torch.tensor(number)
+    dist.all_reduce(ballot, dist.ReduceOp.MAX)
+    return int(ballot)
+
+
+def shared(value):
+    """Rank 0's value, on every process."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def pick_device(name):
+    try:
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Problem(f"--device {name}: {reason(error)}") from error
+
+
+def restarts():
+    """How often torchrun has started us again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def join_processes(backend):
+    """init_process_group, but a restart does not find the addresses of the processes before it."""
+    from torch.distributed.rendezvous import rendezvous
+    store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{restarts()}", store),
+                            rank=rank,
+                            world_size=world)

@@ -1,0 +1,432 @@
+"""A run is never lost, never wrong: faults are caused for real, in processes of their own."""
+import functools
+import io
+import json
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import (
+    FOLDER,
+    HERE,
+    Job,
+    assert_one_line,
+    at_step,
+    full_disk,
+    kill_at,
+    kill_in_write,
+    nan_feedback,
+    nan_loss,
+    poison,
+    port,
+    run,
+    send,
+    state_of,
+    two_processes,
+)
+from lab.checkpoint import load_checkpoint
+from lab.runtime import Problem
+
+# ------------------------------------------------------------------------------------------------
+# A run is never lost: resume is exact
+# ------------------------------------------------------------------------------------------------
+
+# twelve steps with everything that is random or annealed: 4 an epoch, saved after each
+EXACT = f"{FOLDER} --epochs 3 --augment ++ --flip --loss spread --save-every 0 --output-dir run"
+
+
+def log_of(folder):
+    """The log without what may differ between equal runs: times and places."""
+    header, *epochs = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+    config = {k: v for k, v in header["config"].items() if k not in ("output_dir", "resume")}
+    return [config, *({k: v for k, v in e.items() if k != "time"} for e in epochs)]
+
+
+def flat(tree):
+    """The leaves of nested dicts and lists, in order."""
+    if isinstance(tree, dict):
+        return [leaf for k in tree for leaf in [k, *flat(tree[k])]]
+    if isinstance(tree, list | tuple):
+        return [leaf for item in tree for leaf in flat(item)]
+    return [tree]
+
+
+def assert_same_run(a, b):
+    ours, theirs = state_of(a), state_of(b)
+    for part in ("net", "optimizer"):
+        for x, y in zip(flat(ours[part]), flat(theirs[part]), strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    assert log_of(a) == log_of(b)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, pictures):
+    """The run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "data").symlink_to(pictures)
+    done = run(folder, EXACT)
+    assert done.code == 0 and "test error" in done.out
+    assert len(log_of(folder / "run")) == 4
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def half_run(tmp_path_factory, pictures):
+    """A run killed after step 6 of 12 (copy it): last.pt holds step 5, previous.pt step 4."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    (folder.parent / "data").symlink_to(pictures)
+    assert run(folder.parent, EXACT, sabotage=[kill_at(6)]).code == -9
+    return folder
+
+
+@pytest.fixture
+def half(half_run, place):
+    return Path(shutil.copytree(half_run, place / "run"))
+
+
+@pytest.mark.parametrize("steps", [(1,), (4, 3), (7, 2)])
+def test_kill_9_at_any_step_then_resume_is_exact(steps, reference, place):
+    first, *others = steps
+    done = run(place, EXACT, sabotage=[kill_at(first)])
+    assert done.code == -signal.SIGKILL
+    for k in others:
+        assert run(place, "--resume run", sabotage=[kill_at(k)]).code == -signal.SIGKILL
+        [json.loads(line) for line in (place / "run/log.jsonl").read_text().splitlines()]
+    done = run(place, "--resume run")
+    assert done.code == 0 and "going on after" in done.out
+    assert_same_run(place / "run", reference)
+
+
+def test_steps_since_the_last_save_are_repeated_exactly(reference, place):
+    rarely = EXACT.replace("--save-every 0", "--save-every 1000")
+    assert run(place, rarely, sabotage=[kill_at(6)]).code == -9
+    assert state_of(place / "run")["epoch"] == 0
+    assert run(place, "--resume run --save-every 0").code == 0
+    assert_same_run_but(place / "run", reference, "save_every")
+
+
+def assert_same_run_but(a, b, *fields):
+    ours, theirs = log_of(a), log_of(b)
+    assert [{**ours[0], **{f: theirs[0][f] for f in fields}}, *ours[1:]] == theirs
+    for x, y in zip(flat(state_of(a)["net"]), flat(state_of(b)["net"]), strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def test_kill_9_at_each_moment_of_writing_a_checkpoint(reference, place):
+    """A save: fsync, rename last to previous, rename new to last, fsync of the folder."""
+    start, seen = EXACT, []
+    for moment in ("fsync last.pt.tmp", "last.pt > previous.pt", "last.pt.tmp > last.pt",
+                   "after last.pt.tmp > last.pt"):
+        act = functools.partial(kill_in_write, moment)
+        assert run(place, start, sabotage=[act]).code == -9
+        seen.append([(place / "run" / name).exists() for name in ("last.pt", "last.pt.tmp")])
+        start = "--resume run"
+    assert seen == [[True, True], [True, True], [False, True], [True, False]]
+    assert run(place, "--resume run").code == 0
+    assert_same_run(place / "run", reference)
+    assert not (place / "run/last.pt.tmp").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_exits(number, code, reference, place):
+    act = functools.partial(at_step, 6, functools.partial(send, number))
+    rarely = EXACT.replace("--save-every 0", "--save-every 1000")
+    done = run(place, rarely, sabotage=[act])
+    assert_one_line(done.last(), number.name, "--resume run", code=code)
+    state = state_of(place / "run")
+    assert (state["epoch"], state["step"]) == (1, 2)
+    assert run(place, "--resume").code == 2            # the newest in runs/: there is none
+    assert run(place, "--resume run").code == 0
+    assert_same_run_but(place / "run", reference, "save_every")
+
+
+def cut(share):
+    def damage(content):
+        return content[:int(len(content) * share)]
+    return damage
+
+
+def flip_a_byte(content):
+    """In the largest array; most of a small file is padding, where a flip does no harm."""
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        record = max((r for r in file.infolist() if "/data/" in r.filename),
+                     key=lambda r: r.file_size)
+        k = content.index(file.read(record), record.header_offset) + record.file_size // 2
+    return content[:k] + bytes([content[k] ^ 0x10]) + content[k + 1:]
+
+
+@pytest.mark.parametrize("damage", [cut(0), cut(.01), cut(.5), cut(.999), flip_a_byte],
+                         ids=["0", "1%", "50%", "99.9%", "flip"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, half, reference, place):
+    (half / "last.pt").write_bytes(damage((half / "last.pt").read_bytes()))
+    done = run(place, "--resume run")
+    assert done.code == 0 and "last.pt is damaged" in done.out, done
+    assert "using run/previous.pt" in done.out
+    assert_same_run(half, reference)
+
+
+def test_both_checkpoints_damaged_stop_and_touch_nothing(half, place):
+    for name, damage in (("last.pt", cut(.5)), ("previous.pt", flip_a_byte)):
+        (half / name).write_bytes(damage((half / name).read_bytes()))
+    before = {p: p.read_bytes() for p in half.iterdir()}
+    for words in ("--resume run", EXACT):
+        done = run(place, words)
+        assert_one_line(done, "last.pt" if "resume" in words else "unfinished run")
+    assert {p: p.read_bytes() for p in half.iterdir()} == before
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_hostile_checkpoint_is_refused_and_does_not_run(half, place):
+    torch.save({**state_of(half), "header": Evil()}, half / "evil.pt")
+    (half / "bare.pt").write_bytes(pickle.dumps(Evil()))
+    for path in ("run/evil.pt", "run/bare.pt"):
+        for command in ("", "--test-only", "--predict x.png"):
+            assert_one_line(run(place, f"--resume {path} {command}"), path)
+    assert not (place / "executed").exists()
+    shutil.copy(half / "evil.pt", half / "last.pt")       # a folder falls back, or refuses
+    assert "last.pt is refused" in run(place, "--resume run --test-only").out
+    assert not (place / "executed").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(reference, place):
+    done = run(place, EXACT, sabotage=[functools.partial(at_step, 6,
+                                                                                full_disk)])
+    assert done.code == 1 and "cannot write run/last.pt" in done.out.splitlines()[-1]
+    assert state_of(place / "run")["step"] == 1 and not list(place.glob("run/*.tmp"))
+    assert run(place, "--resume run").code == 0
+    assert_same_run(place / "run", reference)
+
+
+@pytest.mark.parametrize("act, culprit, step", [
+    (functools.partial(nan_loss, 6), "the loss", 2),
+    (functools.partial(nan_feedback, 6), "the feedback", 2),
+    (functools.partial(at_step, 6, poison), "PARAMETER", 2),
+])
+def test_a_nan_is_stopped_named_and_not_saved(act, culprit, step, place):
+    margin = EXACT.replace("--loss spread", "--loss margin")
+    done = run(place, margin, sabotage=[act])
+    state = state_of(place / "run")
+    if culprit == "PARAMETER":
+        culprit = list(state["net"])[2]
+    last = done.out.splitlines()[-1]
+    assert done.code == 1 and f"epoch 2, step {step}: {culprit} is not finite" in last, last
+    assert (state["epoch"], state["step"]) == (1, step - 1)
+    assert all(t.isfinite().all() for t in state["net"].values() if t.is_floating_point())
+    assert run(place, "--resume run").code == 0        # without the sabotage all is well
+
+
+def test_a_second_run_in_the_same_folder_is_refused(half, place):
+    holder = Job(place, "--resume run", sabotage=[functools.partial(at_step, 1, sleep)])
+    wait_for(lambda: "going on after" in holder.output.read_text() if holder.output.exists()
+             else False)
+    assert_one_line(run(place, "--resume run").last(), "in use by another run")
+    holder.process.kill()
+    holder.process.join()
+    assert run(place, "--resume run").code == 0        # the lock died with its holder
+
+
+def sleep(optimizer):
+    time.sleep(100)
+
+
+def wait_for(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_another_configuration_is_refused_and_named(half, place):
+    for words, field in (("--set types=4", "set"), ("--augment none", "augment"),
+                         ("--batch-size 4", "batch_size 8 -> 4"), ("--seed 1", "seed 0 -> 1"),
+                         ("--lr 0.1", "lr"), ("--train-images 30", "train_images"),
+                         ("--dataset digits", "dataset"), ("--epochs 0", "epochs")):
+        assert_one_line(run(place, "--resume run", words).last(), field, "trained otherwise")
+    assert_one_line(run(place, "--resume run --model encapnet6").last(), "model")
+    assert_one_line(run(place, EXACT), "unfinished run")
+
+
+def test_epochs_may_grow_with_the_run_as_if_planned(reference, place):
+    """Steps of the schedule are given, so that the longer plan changes nothing before."""
+    loss = EXACT.replace("spread", "margin") + " --milestones 2 --gamma 0.5"
+    assert run(place, loss, "--output-dir long --epochs 3").code == 0
+    assert run(place, loss, "--output-dir run --epochs 1").code == 0
+    assert run(place, "--resume run --epochs 3 --milestones 2").code == 0
+    assert_same_run(place / "run", place / "long")
+    assert [e["lr"] for e in log_of(place / "run")[1:]] == [1e-3, 1e-3, 5e-4]
+    done = run(place, "--resume run")
+    assert done.code == 0 and "already finished" in done.out
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+# ------------------------------------------------------------------------------------------------
+
+GLOBAL = f"{FOLDER} --workers 0 --weight-decay 0 --output-dir run"
+
+
+def test_two_processes_do_what_one_does(place):
+    """Loss, feedback over the gathered batch, gradient, and the count of evaluated images."""
+    words = GLOBAL + " --optimizer sgd --batch-size 32 --augment ++ --flip --test-images 13"
+    for name in ("one", "two"):
+        (place / name).mkdir()
+        (place / name / "data").symlink_to((place / "data").resolve())
+    pair = two_processes(place / "two", words)
+    assert run(place / "one", words).code == 0
+    done = [job.wait() for job in pair]
+    assert [d.code for d in done] == [0, 0]
+    assert "test error" in done[0].out and done[1].out == ""          # rank 0 alone speaks
+    one, two = state_of(place / "one/run"), state_of(place / "two/run")
+    assert list(one["net"]) == list(two["net"])                       # no prefix of DDP
+    gradients, others = ([m["momentum_buffer"] for m in state["optimizer"]["state"].values()]
+                         for state in (one, two))         # what they are after one step
+    whole = torch.cat([g.flatten() for g in gradients]).norm()
+    for gradient, other in zip(gradients, others, strict=True):
+        assert (gradient - other).norm() < 1e-3 * gradient.norm() + 1e-5 * whole
+    for name, t in one["net"].items():
+        torch.testing.assert_close(two["net"][name], t, rtol=1e-3, atol=1e-5)
+    ours, theirs = log_of(place / "one/run")[1], log_of(place / "two/run")[1]
+    for name in ("loss", "feedback", "train_error"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert ours["feedback"] > 0
+    results = [json.loads((place / n / "run/result.json").read_text()) for n in ("one", "two")]
+    assert [r["images"] for r in results] == [13, 13]
+    assert results[0]["error"] == results[1]["error"]
+    assert len((place / "two/runs/results.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_killed_rank_ends_the_job_which_can_be_resumed(place, tmp_path_factory):
+    words = GLOBAL + " --epochs 3 --save-every 0 --augment +"
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "data").symlink_to((place / "data").resolve())
+    for job in two_processes(whole, words):
+        assert job.wait().code == 0
+    jobs = two_processes(place, words, sabotage=((), [kill_at(6)]))
+    done = [job.wait() for job in jobs]
+    assert done[1].code == -9 and done[0].code == 1 and "train.py: " in done[0].err, done
+    assert state_of(place / "run")["epoch"] == 1
+    for job in two_processes(place, "--resume run"):
+        assert job.wait().code == 0
+    assert_same_run(place / "run", whole / "run")
+
+
+def test_signal_to_one_rank_stops_both_after_the_same_step(place):
+    act = functools.partial(at_step, 2, functools.partial(send, signal.SIGTERM))
+    jobs = two_processes(place, GLOBAL, sabotage=((), [act]))
+    assert [job.wait().code for job in jobs] == [143, 143]
+    assert (state_of(place / "run")["epoch"], state_of(place / "run")["step"]) == (0, 2)
+
+
+def test_torchrun_restarts_by_itself(place):
+    """The real torchrun; one rank dies once, on its first start."""
+    script = place / "dies_once.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch
+torch.set_num_threads(1)
+import conftest, lab.fit, train
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    conftest.kill_at(6)()
+lab.fit.draw_run = lambda *run: None
+sys.exit(train.main())
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--max-restarts", "1", "--master-port", str(port()), str(script),
+               *shlex.split(GLOBAL + " --epochs 3 --save-every 0")]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done
+    assert "going on after epoch 1, step 1" in done.stdout and "test error" in done.stdout
+    assert len(log_of(place / "run")) == 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Load
+# ------------------------------------------------------------------------------------------------
+
+
+def watch_resources(every, file):
+    """Append resident kilobytes and open files to `file` at every so many steps."""
+    def look(optimizer):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        with open(file, "a") as out:
+            out.write(f"{pages * 4} {len(os.listdir('/proc/self/fd'))}\n")
+    step, count = torch.optim.Adam.step, iter(range(1, 10**9))
+
+    def stepped(self, *arguments, **keywords):
+        step(self, *arguments, **keywords)
+        if next(count) % every == 0:
+            look(self)
+    torch.optim.Adam.step = stepped
+
+
+@pytest.mark.parametrize("epochs", [25, pytest.param(1250, marks=pytest.mark.slow)])
+def test_memory_and_open_files_do_not_grow(epochs, place):
+    """16 steps an epoch, a save every other second."""
+    act = functools.partial(watch_resources, epochs, str(place / "seen.txt"))
+    done = Job(place, FOLDER, f"--batch-size 2 --epochs {epochs} --save-every 2",
+               "--set feedback=0 --output-dir run", sabotage=[act]).wait(3600)
+    assert done.code == 0
+    memory, files = zip(*(map(int, line.split())
+                          for line in (place / "seen.txt").read_text().splitlines()), strict=True)
+    assert len(memory) == 16 and max(files) <= files[3]
+    assert max(memory) - memory[3] < 15_000, memory       # kilobytes
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_checkpoint_shows_a_traceback_or_loads_changed(trained, cli, data):
+    """Bytes changed, cut, inserted: refused in one line, or every value is as it was."""
+    content = bytearray((trained / "last.pt").read_bytes())
+    k = data.draw(st.integers(0, len(content) - 1))
+    how = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+    if how == "flip":
+        content[k] ^= data.draw(st.integers(1, 255))
+    else:
+        content[k:] = b"" if how == "cut" else b"PK" + content[k:]
+    Path("fuzz.pt").write_bytes(content)
+    try:
+        state = load_checkpoint("fuzz.pt")
+    except Problem as problem:
+        assert "fuzz.pt" in str(problem) and "\n" not in str(problem)
+        return
+    for x, y in zip(flat(state), flat(state_of(trained)), strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+PLAIN = st.recursive(st.none() | st.integers(-3, 3) | st.text(max_size=3) | st.just(torch.ones(2)),
+                     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
+                         st.text(max_size=3), inner, max_size=2), max_leaves=4)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_checkpoint_with_a_strange_value_is_one_line(trained, cli, data):
+    """Any part replaced by any plain value: what needs it says so, or does without."""
+    state = state_of(trained)
+    key = data.draw(st.sampled_from([*state]))
+    if isinstance(state[key], dict) and data.draw(st.booleans()):
+        state[key][data.draw(st.sampled_from([*state[key]]))] = data.draw(PLAIN)
+    else:
+        state[key] = data.draw(PLAIN)
+    torch.save(state, "strange.pt")
+    done = cli("--resume strange.pt --test-only")
+    assert done.code in (0, 1, 2) and "Traceback" not in done.err, done
+    assert done.err.count("\n") == (done.code > 0), done

@@ -1,0 +1,203 @@
+"""The command line: flags, recipes, one line for a mistake; a trained network in use; fuzz."""
+import json
+import re
+import shlex
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import encapnet
+import train
+from conftest import FOLDER, assert_one_line, state_of
+from lab import bench
+from lab.config import AUGMENT, DATASETS, config_key, make_config
+from lab.fit import learning_rate
+from lab.runtime import Problem, guarded
+
+# ------------------------------------------------------------------------------------------------
+# Command line and Config
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_default_run_in_small(cli, place):
+    done = cli("--train-images 64 --test-images 20 --set types=2 --epochs 2")
+    folder = place / "runs/digits-encapnet-small-0"
+    lines = [line for line in done.out.splitlines() if line.startswith("epoch")]
+    assert done.code == 0 and not done.err and len(lines) == 2
+    assert re.fullmatch(r"epoch +1/2  loss \d.\d+  feedback \d.\d+  error: train .* %  test .* %  "
+                        r"\d+ images/s  \dm\d\ds left", lines[0])
+    header, *epochs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    assert header["config"]["dataset"] == "digits" and header["environment"]["torch"]
+    assert [e["epoch"] for e in epochs] == [1, 2]
+    with Image.open(folder / "curves.png") as image:
+        assert image.width > 500
+    line, = map(json.loads, (place / "runs/results.jsonl").read_text().splitlines())
+    assert line == json.loads((folder / "result.json").read_text())
+    assert line["error"] == epochs[-1]["test_error"] and line["images"] == 20
+    assert line["outcome"] in ("ok", "at chance")
+    assert f"test error {line['error']:.2f} %" in done.out
+    assert cli("--train-images 64 --test-images 20 --set types=2 --epochs 0").code == 0
+    assert (place / "runs/digits-encapnet-small-1").is_dir()
+
+
+def test_help_and_list(cli, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in ("--milestones", "default: 200 300 400", "[Sec. 5]", "default: 128", "--table"):
+        assert part in text, part
+    done = cli("--list")
+    for name in (*encapnet.MODELS, *DATASETS, "--table 5", "--figure 4", "resnet101"):
+        assert name in done.out, name
+
+
+@pytest.mark.parametrize("words, wanted", [
+    ("--modle encapnet", "did you mean --model?"),
+    ("--model encapnet7", "did you mean encapnet"), ("--dataset cifar", "did you mean cifar10"),
+    ("--epochs -1", "at least 0"), ("--lr nan", "--lr"), ("--lr x", "must be a number"),
+    ("--batch-size 0", "at least 1"), ("--batch-size 1.5", "whole number"),
+    ("--set types", "KEY=VALUE"), ("--table 9", "--table"), ("--loss hinge", "margin, spread"),
+    ("--device tpu9", "--device"), ("--set tipes=2 --train-images 9", "types"),
+    ("--set types=0 --train-images 9", "types"), ("--model resnet18 --loss margin", "logits"),
+    ("--resume nowhere", "nowhere"), ("--resume", "no unfinished run"),
+    ("--test-only", "no run"), ("--predict x.png --resume nowhere", "nowhere"),
+    ("--table 3 --row nothing", "no such row"), ("--table 3 --model encapnet", "--model"),
+    ("--report", "README.md"), ("extra", "extra"), ("--milestones 0", "at least 1"),
+])
+def test_a_mistake_is_one_line(words, wanted, cli):
+    assert_one_line(cli(words), wanted)
+
+
+def test_only_problems_choose_the_exit_code(capsys):
+    def fail(words):
+        raise urllib.error.HTTPError("http://x", 404, "gone", {}, None)
+    assert guarded("x.py", fail, []) == 1
+    assert "unexpected HTTPError" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(cli):
+    assert "Traceback" in cli("--resume nowhere --debug").err
+
+
+def test_recipes():
+    """The paper's settings; digits' own; epochs scale milestones; ++ is longer; fast is another."""
+    paper = make_config(dataset="cifar10")
+    assert (paper.lr, paper.weight_decay, paper.batch_size, paper.epochs, paper.milestones,
+            paper.lam, paper.optimizer, paper.loss, paper.augment, paper.flip, paper.model) == (
+        1e-4, 5e-4, 128, 600, (200, 300, 400), 10, "adam", "margin", "none", False, "encapnet")
+    assert make_config(dataset="cifar10", epochs=6).milestones == (2, 3, 4)
+    longer = make_config(dataset="cifar10", augment="++")
+    assert (longer.epochs, longer.milestones, longer.flip) == (900, (300, 450, 600), True)
+    assert not make_config(dataset="svhn", augment="++").flip
+    assert make_config(dataset="svhn", augment="++", flip=True).flip
+    assert make_config(dataset="h-imagenet").batch_size == 256
+    assert make_config(dataset="h-imagenet").image_size == 128
+    assert make_config(dataset="h-imagenet", model="encapnet-v3").image_size == 224
+    assert make_config(model="resnet18").loss == "ce"
+    digits, fast = make_config(), make_config(dataset="svhn", recipe="fast")
+    assert digits.model == "encapnet-small" and digits.epochs < 10
+    assert fast.schedule == "one-cycle" and fast.epochs < 100 and fast.recipe == "fast"
+    assert config_key(fast) != config_key(make_config(dataset="svhn"))
+
+
+def test_a_key_names_a_result_whatever_the_seed_and_place():
+    one = make_config(dataset="svhn", output_dir="a", seed=1, workers=0)
+    two = make_config(dataset="svhn", output_dir="b", seed=2, workers=3)
+    assert config_key(one) == config_key(two)
+    for change in (dict(lr=1e-3), dict(set={"types": 8}), dict(epochs=9), dict(augment="+")):
+        other = make_config(dataset="svhn", **change)
+        assert config_key(other) != config_key(one)
+
+
+@pytest.mark.parametrize("schedule, rates", [
+    ("steps", {0: 1, 199: 1, 200: .1, 300: .01, 400: .001, 599: .001}),
+    ("one-cycle", {0: .04, 120: 1, 360: .5, 600: .001})])
+def test_learning_rate(schedule, rates):
+    config = make_config(dataset="cifar10", schedule=schedule, lr=1.)
+    for epoch, rate in rates.items():
+        assert learning_rate(config, epoch, epoch / 600) == pytest.approx(rate)
+
+
+# ------------------------------------------------------------------------------------------------
+# A trained network
+# ------------------------------------------------------------------------------------------------
+
+
+def test_test_only_repeats_the_result(trained, cli):
+    error = json.loads((trained / "result.json").read_text())["error"]
+    done = cli(f"--resume {trained} --test-only")
+    assert done.code == 0 and f"test error {error:.2f} %" in done.out and "10 images" in done.out
+    assert_one_line(cli(f"--resume {trained} --test-only --dataset digits --test-images 20 "
+                        "--train-images 64"), "other classes")
+
+
+def test_predict(trained, cli, pictures):
+    image = pictures / "test/bee/1.png"
+    Image.open(image).convert("RGBA").save("clear.png")
+    done = cli(f"--resume {trained} --predict {image} clear.png")
+    first, second = done.out.split("clear.png")
+    lengths = [float(x) for x in re.findall(r"(?:ant|bee|cat) (\d\.\d+)", first)]
+    assert done.code == 0 and len(lengths) == 3 and lengths == sorted(lengths, reverse=True)
+    assert 0 <= lengths[-1] and lengths[0] <= 1
+    assert lengths == [float(x) for x in re.findall(r"(?:ant|bee|cat) (\d\.\d+)", second)]
+    Path("text.png").write_text("no image")
+    Path("folder.png").mkdir()
+    Image.new("1", (10001, 10000)).save("huge.png")
+    for name in ("text.png", "folder.png", "huge.png", "missing.png"):
+        assert_one_line(cli(f"--resume {trained} --predict {name}"), f"cannot read {name}")
+
+
+def test_weights_of_wrapped_models_are_interchangeable(trained, cli):
+    def answer(path):
+        return cli(f"--resume {path} --test-only").out.splitlines()[-1]
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
+        state = state_of(trained)
+        state["net"] = {prefix + name: t for name, t in state["net"].items()}
+        torch.save(state, f"{prefix}pt")
+        assert answer(f"{prefix}pt") == answer(trained), prefix
+    state["net"].popitem()
+    torch.save(state, "less.pt")
+    assert_one_line(cli("--resume less.pt --test-only"), "does not fit")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_and_a_plain_one_continue_each_other(cli, place):
+    words = FOLDER + " --save-every 0 --set feedback=0"
+    assert cli(words, "--compile --output-dir run").code == 0
+    assert cli("--resume run --no-compile --epochs 2").code == 0
+    assert cli("--resume run --compile --epochs 3").code == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Fuzz: no traceback ever reaches a user
+# ------------------------------------------------------------------------------------------------
+
+FLAGS = [f for a in train.make_parser()._actions for f in a.option_strings
+         if f not in ("-h", "--help", "--debug")]
+WORDS = st.one_of(
+    st.sampled_from(FLAGS), st.sampled_from([*DATASETS, *encapnet.MODELS, *AUGMENT]),
+    st.sampled_from(["types=2", "types=x", "=", "depths=(", "a=" + "[" * 99, "cpu", "cuda:7", "",
+                     "-", "--", "-1", "0", "1", "2", "1e99", "nan", "inf", "fast", "margin", "ce"]),
+    st.text(max_size=5).filter(lambda text: "\0" not in text))
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(WORDS, max_size=6))
+@example(["--set", "types=" + "9" * 5000])
+@example(["--resume", "\0"])
+@example(["\n"])
+@example(["--model", "a\nb"])
+def test_no_command_line_shows_a_traceback(cli, monkeypatch, words):
+    def nothing(config):
+        raise Problem("ran")
+    monkeypatch.setattr(train, "fit", nothing)
+    monkeypatch.setattr(bench, "run_bench", lambda name, config: nothing(config))
+    done = cli(*map(shlex.quote, words))
+    assert done.code in (0, 1, 2) and "Traceback" not in done.err, (words, done)
+    assert "unexpected" not in done.err and done.err.count("\n") == (done.code > 0), (words, done)
