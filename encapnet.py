@@ -27,16 +27,21 @@ Deviations from the print and the authors' released code, and readings of what n
        has no gradient under cosine cost, its second stride is 1.  It runs once, on real and
        generated samples together, so that both meet the same batch statistics.
     4  The softmax of dynamic routing runs over the input capsules (App. A.i), not the output.
-    5  EM rescales the cost over j to [-5, 5] (App. A.i gives no formula).  Input activations are
-       the sigmoid, not the released ReLU, of BatchNorm(conv); a class score is |squash(mu)|.  R
-       starts equal over j, the inverse temperature is 1 + r, a variance has 1e-8 added.
+    5  EM standardises over j the cost that enters the sigmoid (App. A.i calls a normalisation
+       crucial and gives no formula) and the log densities that enter the softmax.  Each is a sum
+       over the d numbers of a pose, compared between capsules: as it is, R is 0 or 1, a capsule
+       rests on two votes, variances fall to the floor, and three iterations stay at chance.
+       Input activations are the sigmoid, not the released ReLU, of BatchNorm(conv); a class score
+       is |squash(mu)|.  R starts equal over j, the inverse temperature is 1 + r, a variance has
+       1e-8 added.
     6  The skip of type I is a 3x3 convolution grouped by type, so that no type meets another
        outside the aide; both skips join before BatchNorm, type II's at the end of its chain.
        Coefficients have a bias that starts at 1: s = v1 + v2 + a correction.
     7  KL compares softmaxed features, KL(real || generated); the paper only names it.
     8  Routing weights start at a scale that makes v a few tenths long at Table 1's size, neither
        lost nor saturated by squash: 0.3 sqrt(types / in_dim), and sqrt(P) more in CapNet's second
-       layer, whose inputs differ at every position.  The paper says "Gaussian".
+       layer, with either routing: its inputs are capsules with poses of their own, not positions
+       of one image, and their mean is 1 / sqrt(P) as long.  The paper says "Gaussian".
     9  The stem M0 is convolution, BatchNorm, ReLU, not squashed; the vanilla generator of Table 3
        (d4) keeps BatchNorm and ReLU and drops grouping and squash.  The stem has stride 4 for
        images of 128 and more.  The paper says none of it.
@@ -136,11 +141,10 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
     return (v, c) if return_coefficients else v
 
 
-def rescale(cost):
-    """Map costs affinely onto [-5, 5] over the last axis; all equal: 0.   [App. A.i]"""
-    low, high = cost.amin(-1, keepdim=True), cost.amax(-1, keepdim=True)
-    equal = high == low
-    return torch.where(equal, 0.0, 10 * (cost - low) / torch.where(equal, 1.0, high - low) - 5)
+def standardise(x):
+    """Zero mean and unit variance over the last axis; all equal: 0.   [App. A.i, deviation 5]"""
+    x = x - x.detach().amax(-1, keepdim=True)                            # exact 0 where all equal
+    return F.layer_norm(x, x.shape[-1:], eps=1e-10)                      # eps: on the variance
 
 
 def em_activation(log_mass, var, beta_v, beta_a, r):
@@ -149,18 +153,33 @@ def em_activation(log_mass, var, beta_v, beta_a, r):
     log_mass: (B, j), log sum_i R_ij a_i;  var: (B, j, d);  beta_v, beta_a: (j,);  r: iteration
     -> (B, j)
     """
-    mass = (log_mass - log_mass.amax(-1, keepdim=True)).exp()            # rescale ignores a factor
+    # Standardising ignores a factor, but for its eps: with the largest mass 1 that is as small for
+    # inputs that are nearly off as for active ones.
+    mass = (log_mass - log_mass.amax(-1, keepdim=True)).exp()
     cost = mass * (beta_v[:, None] + var.log() / 2).sum(-1)           # sum_h (beta_v + log sigma_h)
-    return F.logsigmoid((1 + r) * (beta_a - rescale(cost)))
+    return F.logsigmoid((1 + r) * (beta_a - standardise(cost)))
+
+
+def em_assignment(log_p, log_v, normalise):
+    """E-step: log R_ij, the share of vote i that higher capsule j explains.   [Eq. (3)]
+
+    log_p: (..., j), log density of a vote under each cluster;  log_v: log activations -> (..., j)
+    """
+    if normalise == "both":
+        log_p = standardise(log_p)                                       # a sum over d is sharp
+    return (log_v + log_p).log_softmax(-1)
 
 
 @full_precision
-def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficients=False):
+def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficients=False,
+               normalise="both"):
     """Fit one Gaussian a higher capsule to the votes, by expectation maximisation.  [Eqs. (2), (3)]
 
     votes: (B, i, j, d);  activation: (B, i), in [0, 1];  beta_v, beta_a: (j,)
     -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
        with return_coefficients also R (B, i, j), the assignment that the last M-step used
+    normalise: what is standardised over j, "both" cost and log densities or "cost" alone, which
+        does not learn (deviation 5)
     """
     check_shape("votes", votes, "B i j d")
     B, n_in, n_out, _ = votes.shape
@@ -168,6 +187,7 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     check_shape("beta_v", beta_v, "j", j=n_out)
     check_shape("beta_a", beta_a, "j", j=n_out)
     check_positive(iterations=iterations)
+    check_choice("normalise", normalise, ("both", "cost"))
     log_a = activation.clamp_min(torch.finfo(votes.dtype).tiny).log()[:, :, None]
     log_R = votes.new_full((B, n_in, n_out), -math.log(n_out))
     for r in range(iterations):
@@ -179,7 +199,7 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
         log_v = em_activation(log_w.logsumexp(1), var, beta_v, beta_a, r)
         if r < iterations - 1:
             log_p = -(square / var[:, None] + (2 * math.pi * var).log()[:, None]).sum(-1) / 2
-            log_R = (log_v[:, None] + log_p).log_softmax(dim=2)          # E-step, Eq. (3)
+            log_R = em_assignment(log_p, log_v[:, None], normalise)      # E-step
     return (mu, log_v.exp(), log_R.exp()) if return_coefficients else (mu, log_v.exp())
 
 
@@ -294,7 +314,7 @@ def pairs(x, dim, double):
     return x.index_select(dim, a) * x.index_select(dim, b) * scale
 
 
-def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None):
+def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None, normalise="both"):
     """E-step, then the moments of the new assignment, over the votes of some types.
 
     With u = centre + x, a vote is delta + mu + W x, delta = W centre - mu; its distance from mu and
@@ -315,8 +335,8 @@ def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None):
             torch.einsum("jfgk,bjk->bgfj", W2, p),
             torch.einsum("jcgk,bgjk->bgcj", W, 2 * delta * p[:, None]),
             (delta.square() * p[:, None]).sum(-1)[:, :, None]], 2)
-        log_p = (log_v - (2 * math.pi * var).log().sum(-1) / 2)[:, None, None] - distance
-        log_w = log_p.log_softmax(-1) + log_a                            # Eq. (3)
+        log_p = -(2 * math.pi * var).log().sum(-1)[:, None, None] / 2 - distance
+        log_w = em_assignment(log_p, log_v[:, None, None], normalise) + log_a
     top = log_w.detach().amax((1, 2), keepdim=True)
     w = (log_w - top).exp()
     T = (phi @ w).expand(-1, -1, -1, J)                                  # (B, g, f, J), of x
@@ -340,7 +360,7 @@ def em_merge(*parts):
 
 
 @full_precision
-def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3):
+def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3, normalise="both"):
     """em_routing of the votes W u.   u: (B, G, P, c);  activation: (B, G*P);  W: (G, c, j, d)
 
     -> pose (B, j, d), activation (B, j);  samples and types go in blocks, backward recomputes each
@@ -350,7 +370,7 @@ def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3):
     size = min(G, max(1, 4 * BLOCK // (J * k * (c + 1) * (c + 2) // 2)))  # types at once
     samples = max(1, 2 * BLOCK // (J * P * size))                        # at once
     if B > samples:
-        parts = [checkpoint(em_without_votes, *part, beta_v, beta_a, W, iterations)
+        parts = [checkpoint(em_without_votes, *part, beta_v, beta_a, W, iterations, normalise)
                  for part in zip(u.split(samples), activation.split(samples), strict=True)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
     centre = u.mean(2)
@@ -361,7 +381,7 @@ def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3):
     blocks = list(zip(*inputs, W.permute(2, 1, 0, 3).split(size, 2), strict=True))
     state = ()
     for r in range(iterations):
-        parts = [checkpoint(em_moments, *block, *state) for block in blocks]
+        parts = [checkpoint(em_moments, *block, *state, normalise=normalise) for block in blocks]
         log_mass, mu, var = checkpoint(em_merge, *(moment for part in parts for moment in part))
         log_v = em_activation(log_mass, var, beta_v, beta_a, r)
         state = mu, var, log_v
@@ -380,26 +400,29 @@ class RoutedCapsules(nn.Module):
     routing: "dynamic" (softmax over "in" or "out" capsules) or "em";  bias: votes are W u + bias
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
         the last two are one number a pair (i, j) and need `positions`, the P of the inputs
+    normalise: of EM, as em_routing
     gain: on the initial weights; 1 suits inputs alike at all positions, sqrt(P) independent ones
     u: (B, types, P, in_dim) -> v (B, out_capsules, out_dim)
     em: u, activation (B, types*P) -> pose (B, out_capsules, out_dim), activation (B, out_capsules)
     """
 
     def __init__(self, types, in_dim, out_capsules, out_dim, routing="dynamic", iterations=3, *,
-                 softmax="in", bias=False, b_init="zero", positions=None, gain=1.0,
-                 factored=True):
+                 softmax="in", normalise="both", bias=False, b_init="zero", positions=None,
+                 gain=1.0, factored=True):
         super().__init__()
         check_positive(types=types, in_dim=in_dim, out_capsules=out_capsules, out_dim=out_dim,
                        iterations=iterations)
         check_choice("routing", routing, ("dynamic", "em"))
         check_choice("softmax", softmax, ("in", "out"))
+        check_choice("normalise", normalise, ("both", "cost"))
         check_choice("b_init", b_init, ("zero", "random", "learnable"))
         if b_init != "zero" and routing == "em":
             raise ValueError(f"b_init={b_init!r}: must be 'zero' with routing='em'")
         if b_init != "zero" and positions is None:
             raise ValueError(f"positions=None: must be given with b_init={b_init!r}")
         self.types, self.in_dim, self.routing = types, in_dim, routing
-        self.iterations, self.softmax, self.factored = iterations, softmax, factored
+        self.iterations, self.softmax, self.normalise = iterations, softmax, normalise
+        self.factored = factored
         check_positive(float, gain=gain)
         std = 0.3 * gain * math.sqrt(types / in_dim)                     # deviation 8
         self.weight = nn.Parameter(torch.randn(types, in_dim, out_capsules, out_dim) * std)
@@ -446,7 +469,7 @@ class RoutedCapsules(nn.Module):
         if self.routing == "dynamic":
             return dynamic(x, iterations=self.iterations, softmax=self.softmax, b0=self.b)
         pose, a = em(x, activation, beta_v=self.beta_v, beta_a=self.beta_a,
-                     iterations=self.iterations)
+                     iterations=self.iterations, normalise=self.normalise)
         return pose.to(x.dtype), a.to(x.dtype)
 
 
@@ -953,20 +976,23 @@ class EncapNet6(Network):
 class CapNet(Network):
     """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
 
-    routing, iterations, softmax, b_init, factored: as RoutedCapsules
+    routing, iterations, softmax, normalise, b_init, factored: as RoutedCapsules
+    fifth_conv: one more 3x3 convolution before the capsules; every other row of Table 1 has one
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32, routing="dynamic",
-                 iterations=3, softmax="in", b_init="zero", factored=True):
+                 iterations=3, softmax="in", normalise="both", b_init="zero", factored=True,
+                 fifth_conv=False):
         super().__init__(num_classes, in_channels, image_size)
         self.types, self.routing = types, routing
         self.stem, side = six_layer_stem(in_channels, types, image_size)
+        if fifth_conv:
+            self.stem.append(conv_bn_relu(8 * types, 8 * types))
         options = dict(routing=routing, iterations=iterations, softmax=softmax, b_init=b_init,
-                       factored=factored, positions=side ** 2)
-        gain = side if routing == "dynamic" else 1                       # deviation 8
+                       normalise=normalise, factored=factored, positions=side ** 2)
         self.routed = nn.ModuleList([
             RoutedCapsules(types, 8, types * side ** 2, 16, **options),
-            RoutedCapsules(types, 16, num_classes, 16, gain=gain, **options)])
+            RoutedCapsules(types, 16, num_classes, 16, gain=side, **options)])  # deviation 8
         if routing == "em":
             self.activation = nn.Sequential(nn.Conv2d(8 * types, types, 3, padding=1, bias=False),
                                             nn.BatchNorm2d(types), nn.Sigmoid())

@@ -143,8 +143,15 @@ def dynamic_oracle(votes, iterations, softmax="in", b0=0.):
     return v, c
 
 
-def em_oracle(votes, activation, beta_v, beta_a, iterations):
-    """Hinton's EM routing, one cluster at a time, costs rescaled to [-5, 5] (appendix A.i)."""
+def standard_oracle(numbers):
+    """Zero mean, unit variance, 1e-10 added to the variance (deviation 5)."""
+    mean = math.fsum(numbers) / len(numbers)
+    variance = math.fsum((x - mean) ** 2 for x in numbers) / len(numbers)
+    return [(x - mean) / math.sqrt(variance + 1e-10) for x in numbers]
+
+
+def em_oracle(votes, activation, beta_v, beta_a, iterations, normalise="both"):
+    """Hinton's EM routing, one cluster at a time, with what is compared over j standardised."""
     B, n_in, n_out, d = votes.shape
     mu, var = np.zeros((2, B, n_out, d))
     a, R = np.zeros((B, n_out)), np.full((B, n_in, n_out), 1 / n_out)
@@ -152,23 +159,24 @@ def em_oracle(votes, activation, beta_v, beta_a, iterations):
         for r in range(iterations):
             if r > 0:                                                          # E-step
                 for i in range(n_in):
-                    log_p = [math.log(a[x, j]) - sum(
-                        (votes[x, i, j, h] - mu[x, j, h]) ** 2 / (2 * var[x, j, h])
-                        + math.log(2 * math.pi * var[x, j, h]) / 2 for h in range(d))
-                        for j in range(n_out)]
+                    log_p = [-sum((votes[x, i, j, h] - mu[x, j, h]) ** 2 / (2 * var[x, j, h])
+                                  + math.log(2 * math.pi * var[x, j, h]) / 2 for h in range(d))
+                             for j in range(n_out)]
+                    if normalise == "both":
+                        log_p = standard_oracle(log_p)
+                    log_p = [math.log(k) + p for k, p in zip(a[x], log_p, strict=True)]
                     R[x, i] = [1 / sum(math.exp(min(k - p, 700)) for k in log_p) for p in log_p]
-            cost = np.zeros(n_out)                                             # M-step
+            cost, mass = np.zeros((2, n_out))                                  # M-step
             for j in range(n_out):
                 w = [R[x, i, j] * activation[x, i] for i in range(n_in)]
                 mu[x, j] = sum(w[i] * votes[x, i, j] for i in range(n_in)) / sum(w)
                 var[x, j] = sum(w[i] * (votes[x, i, j] - mu[x, j]) ** 2
                                 for i in range(n_in)) / sum(w) + 1e-8
+                mass[j] = sum(w)
                 cost[j] = sum(beta_v[j] + math.log(math.sqrt(var[x, j, h]))
-                              for h in range(d)) * sum(w)
-            low, high = min(cost), max(cost)
-            for j in range(n_out):
-                rescaled = 0. if low == high else 10 * (cost[j] - low) / (high - low) - 5
-                a[x, j] = 1 / (1 + math.exp(-(1 + r) * (beta_a[j] - rescaled)))
+                              for h in range(d)) * mass[j]
+            for j, k in enumerate(standard_oracle(cost / max(mass))):
+                a[x, j] = 1 / (1 + math.exp(-(1 + r) * (beta_a[j] - k)))
     return mu, a, R
 
 
@@ -178,10 +186,11 @@ def problem(seed, B=2, n_in=4, n_out=3, d=3):
             randn(n_out, seed=seed + 2), randn(n_out, seed=seed + 3))
 
 
-def route(kind, votes, activation, beta_v, beta_a, iterations=3):
+def route(kind, votes, activation, beta_v, beta_a, iterations=3, **options):
     """-> (pose, coefficients) or (pose, activation, coefficients)."""
     if kind == "em":
-        return em_routing(votes, activation, beta_v, beta_a, iterations, return_coefficients=True)
+        return em_routing(votes, activation, beta_v, beta_a, iterations, return_coefficients=True,
+                          **options)
     return dynamic_routing(votes, iterations, softmax=kind, return_coefficients=True)
 
 
@@ -276,7 +285,7 @@ def test_em_does_not_hear_a_capsule_that_is_off(seed):
 
 
 def test_em_equal_costs_leave_beta_a_alone():
-    """Every cluster sees the same votes: the rescaled cost is 0 for all of them."""
+    """Every cluster sees the same votes: the standardised cost is 0 for all of them."""
     votes, activation, beta_v, beta_a = problem(0)
     votes, beta_v = votes[:, :, :1].expand_as(votes), beta_v[:1].expand(3)
     for iterations in 1, 3:
