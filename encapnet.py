@@ -794,6 +794,17 @@ class FeedbackUnit(nn.Module):
         stride = 2 if max(h.shape[-2:]) > 2 else 1                       # deviation 3
         return F.relu(norm2(F.conv2d(h, conv2.weight, stride=stride, padding=1))).flatten(1)
 
+    def told_apart(self, low):
+        """Share of variance between samples in the features of real images.
+
+        Of their directions z, which is all that the cosine cost sees: 1 - |mean z|^2 / mean |z|^2.
+        1: they tell samples apart; 0: all samples look alike, the trivial minimum.
+        low: (B, low, H, W) -> scalar, in [0, 1]
+        """
+        z = F.normalize(self.extract(low).float())                       # (B, F)
+        square = z.square().sum(1).mean()
+        return (1 - z.mean(0).square().sum() / square.clamp_min(1e-12)) * (square > 0)
+
     def features(self, low, high):
         """Features of the real and of the generated lower image, each (B, F), of all ranks."""
         check_shape("low", low, "B low H W", low=self.low)
@@ -875,13 +886,18 @@ class Network(nn.Module):
             steps = [(low, stride), (high, 1)][:feedback]
             self.units.extend(FeedbackUnit(size, high, stride=step, **unit) for size, step in steps)
 
-    def run_modules(self, u):
-        """Image u through all modules -> last image, sum of the feedback divergences."""
+    def walk(self, u):
+        """Image u through all modules -> last image, the images (low, high) of every unit."""
         images = []
         for module in self.blocks:
             w, v = module(u)                                          # type I output, module output
             images += [(u, v), (w, v)][:self.feedback]
             u = v
+        return u, images
+
+    def run_modules(self, u):
+        """Image u through all modules -> last image, sum of the feedback divergences."""
+        u, images = self.walk(u)
         if self.training and self.feedback:
             return u, total_feedback(self.units, images)
         return u, u.new_zeros(())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from lab.config import Config, data_name, identity
 from lab.runtime import RUNS, Diverged, Problem, rank, reason, say, world, write_file
@@ -143,7 +144,7 @@ def restore(run, state):
         run.optimizer.load_state_dict(state["optimizer"])
         for name in SAVED:
             setattr(run, name, state[name])
-        run.totals = run.totals.to(run.device)
+        run.totals = F.pad(run.totals, (0, 6 - len(run.totals))).to(run.device)   # 4 before --clip
         run.header["config"]["epochs"] = run.config.epochs
         torch.set_rng_state(state["rng"])
         if run.device.type == "cuda" and "cuda_rng" in state:

@@ -32,6 +32,10 @@ class Files(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
+    def only(self, wanted):
+        """Those where a mask (n,) is True."""
+        return Files([self.paths[k] for k in wanted.nonzero()[:, 0].tolist()], self.side)
+
     def __getitem__(self, k):
         try:
             return decode(self.paths[k], self.side), k
@@ -85,11 +89,18 @@ class Data:
         return len(self.mean)
 
 
-def chosen(n, wanted, what):
-    """Positions of the images that --train-images, --test-images keep, the same every time."""
+def drawn_by(config, split):
+    """The seed of the images that are kept or drawn: the same for every run unless --resample."""
+    return config.seed if config.resample and split == "train" else 0
+
+
+def chosen(n, config, split):
+    """Positions of the images that --train-images, --test-images keep."""
+    wanted = getattr(config, f"{split}_images")
     if wanted > n:
-        raise Problem(f"--{what}-images {wanted}: there are only {n}")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        raise Problem(f"--{split}-images {wanted}: there are only {n}")
+    generator = torch.Generator().manual_seed(drawn_by(config, split))
+    order = torch.randperm(n, generator=generator)
     return order[:wanted].sort().values if wanted else torch.arange(n)
 
 
@@ -110,7 +121,7 @@ def enlarged(side):
 
 def load_digits(config, held):
     counts = (config.train_images or 10000, config.test_images or 2000)
-    return [draw_digits(n, split == "train")[:2]
+    return [draw_digits(n, split == "train", drawn_by(config, split))[:2]
             for n, split in zip(counts, ("train", "test"), strict=True)], \
         [str(k) for k in range(10)]
 
@@ -151,7 +162,7 @@ def load_torchvision(config, held):
                 f"{by_hand.format(root=config.data_path)}") from error
         images = images.unsqueeze(1) if images.dim() == 3 else images
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
-        keep = chosen(len(images), getattr(config, f"{split}_images"), split)
+        keep = chosen(len(images), config, split)
         splits.append((images[keep], labels[keep]))
     return splits, [str(c) for c in getattr(part, "classes", range(10))]
 
@@ -227,7 +238,7 @@ def load_folder(config, held):
     for split in ("train", "test"):
         found, files = image_files(root, split, classes)
         classes = classes or found
-        files = [files[k] for k in chosen(len(files), getattr(config, f"{split}_images"), split)]
+        files = [files[k] for k in chosen(len(files), config, split)]
         paths = [path for path, _ in files]
         labels = torch.tensor([classes.index(name) for _, name in files])
         images = Files(paths, held)
@@ -347,7 +358,7 @@ def load_h_imagenet(config, held):
                    for box in boxes.get(Path(path).stem, [None])]
         say(f"h-imagenet: {len(samples):,} {split} images of {len(classes)} classes; the paper has "
             f"{H_IMAGENET_IMAGES[split]:,} of 200")
-        keep = chosen(len(samples), getattr(config, f"{split}_images"), split)
+        keep = chosen(len(samples), config, split)
         samples = [samples[k] for k in keep]
         images, samples = cached_images(root / "h-imagenet-cache", samples, held, config)
         splits.append((images, torch.tensor([classes.index(name) for _, _, name in samples])))
@@ -359,19 +370,22 @@ LOADERS = {"digits": load_digits, **dict.fromkeys(TORCHVISION, load_torchvision)
 
 def load_data(config, device):
     """The data set of a Config; rank 0 first, which may download.  The last is kept."""
-    fields = ("dataset", "data_path", "image_size", "train_images", "test_images", "class_list",
-              "unreadable")
+    names = ("dataset", "data_path", "image_size", "train_images", "test_images", "resample",
+             "hold_out", "class_list", "unreadable")
+    fields = {**{name: getattr(config, name) for name in names},
+              "augment": "none" if config.augment == "none" else "+",
+              "seed": drawn_by(config, "train")}
     with rank_by_rank():
-        return read_data(device, config.augment != "none", *(getattr(config, f) for f in fields))
+        return read_data(device, tuple(fields.items()))
 
 
 @functools.lru_cache(maxsize=1)
-def read_data(device, augmented, dataset, data_path, side, train_images, test_images, class_list,
-              unreadable):
-    config = Config(dataset, data_path, side, train_images, test_images, class_list=class_list,
-                    unreadable=unreadable)
-    held = enlarged(side) if augmented or dataset in ("imagenet", "h-imagenet") else side
-    splits, classes = LOADERS[dataset](config, held)
+def read_data(device, fields):
+    config = Config(**dict(fields))
+    side, whole = config.image_size, config.dataset in ("imagenet", "h-imagenet")
+    held = enlarged(side) if config.augment != "none" or whole else side
+    splits, classes = LOADERS[config.dataset](config, held)
+    splits = held_out(*splits[0]) if config.hold_out else splits
     halves = []
     for images, labels in splits:
         if isinstance(images, Tensor) and images.shape[-1] != held:
@@ -381,6 +395,13 @@ def read_data(device, augmented, dataset, data_path, side, train_images, test_im
         halves.append(Split(images, labels.to(device)))
     mean, std = channel_moments(halves[0], device)
     return Data(data_name(config), classes, *halves, side, mean, std)
+
+
+def held_out(images, labels):
+    """Training images in two, nine tenths and every tenth: sorted classes stay balanced."""
+    tenth = torch.arange(len(labels)) % 10 == 9
+    return [(images[part] if isinstance(images, Tensor) else images.only(part), labels[part])
+            for part in (~tenth, tenth)]
 
 
 def channel_moments(split, device):

@@ -154,7 +154,7 @@ class Run:
     # --------------------------------------------------------------------------------------------
     epoch: int = 0                 # completed
     step: int = 0                  # completed in this epoch
-    totals: Tensor = None          # sums over steps: 1, loss, feedback, part of wrong answers
+    totals: Tensor = None          # sums over steps: 1, then what train_step gives
     history: list = dataclasses.field(default_factory=list)     # an entry an epoch
     seconds: float = 0.0           # spent on it so far
     moments: list = dataclasses.field(default_factory=list)     # Figure 2's, of routed networks
@@ -213,7 +213,8 @@ def call(model, config, x):
 
 
 def train_step(run, images, labels, draws, tick=lambda part: None):
-    """One update -> loss, feedback divergence and wrong answers of this batch, on the device.
+    """One update -> (5,): loss, feedback divergence, share of wrong answers in this batch, norm of
+    the gradient before clipping, 1 if it was clipped; on the device, nothing is waited for.
 
     tick("data"), then "forward", "backward", "optimizer": called after each part, for --bench
     """
@@ -225,12 +226,15 @@ def train_step(run, images, labels, draws, tick=lambda part: None):
     tick("forward")
     run.optimizer.zero_grad(set_to_none=True)
     (loss + config.lam * feedback).backward()
+    norm = nn.utils.clip_grad_norm_(run.net.parameters(), config.clip or math.inf)
     tick("backward")
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, run.epoch, run.progress)
     run.optimizer.step()
     tick("optimizer")
-    return loss.detach(), feedback.detach(), (scores.detach().argmax(1) != labels).sum()
+    wrong = (scores.detach().argmax(1) != labels).float().mean()
+    clipped = (norm > (config.clip or math.inf)).float()
+    return torch.stack([loss.detach(), feedback.detach(), wrong, norm, clipped])
 
 
 def train_epoch(run, bar):
@@ -241,12 +245,11 @@ def train_epoch(run, bar):
     bad = torch.full((2,), -1, device=run.device)         # first step with a bad loss, feedback
     run.net.train()
     for images, labels, index in split.batches(chunks[run.step:], run.device, config.workers):
-        loss, feedback, wrong = train_step(run, images, labels, draws[index])
+        values = train_step(run, images, labels, draws[index])
         run.step += 1
-        values = torch.stack([loss, feedback])
-        bad = torch.where((bad < 0) & ~values.isfinite(), run.step, bad)
+        bad = torch.where((bad < 0) & ~values[:2].isfinite(), run.step, bad)
         run.totals[0] += 1
-        run.totals[1:] += torch.cat([values, wrong[None] / len(labels)])
+        run.totals[1:] += values
         if run.step % config.print_freq == 0 or run.step == run.steps:
             check_finite(run, bad)
             bar.show(run)
@@ -316,7 +319,7 @@ class Bar:
 
     def show(self, run):
         if self.bar is not None:
-            n, loss, feedback, wrong = run.totals.tolist()
+            n, loss, feedback, wrong, *_ = run.totals.tolist()
             self.bar.set_postfix_str(f"loss {loss / n:.4f}, feedback {feedback / n:.4f}, "
                                      f"error {100 * wrong / n:.1f} %")
             self.bar.update(run.step - self.bar.n)
@@ -381,7 +384,7 @@ def build_run(config, data, device):
     net = synchronised(net, device)
     optimizer = make_optimizer(config, net.parameters(), device)
     double = torch.float32 if device.type == "mps" else torch.float64
-    totals = torch.zeros(4, dtype=double, device=device)
+    totals = torch.zeros(6, dtype=double, device=device)
     header = {"config": dataclasses.asdict(config), "environment": environment(device)}
     return Run(config, data, device, net, wrapped(net, config, device), optimizer, header,
                totals=totals)
@@ -419,25 +422,40 @@ def introduce(run):
         f"recipe {config.recipe}, on {environment(run.device)['device']}; {run.folder}")
 
 
+@torch.no_grad()
+def told_apart(run, n=200):
+    """[FeedbackUnit.told_apart of every unit] on the first n test images, in eval."""
+    if not getattr(run.net, "feedback", 0):
+        return []
+    index = torch.arange(min(n, len(run.data.test)), device=run.device)
+    images, *_ = next(run.data.test.batches([index], run.device))
+    x = normalised(next(views(images, run.data.side, False, False)), run.data)
+    _, pairs = run.net.eval().walk(run.net.stem(x))
+    return [unit.told_apart(low).item()
+            for unit, (low, _) in zip(run.net.units, pairs, strict=True)]
+
+
 def finish_epoch(run, since, images):
     """Test, log, print."""
     average_totals(run)
-    n, loss, feedback, wrong = run.totals.tolist()
+    n, *sums = run.totals.tolist()
+    loss, feedback, wrong, norm, clipped = (total / n for total in sums)
     test = evaluate(run)
     lr = run.optimizer.param_groups[0]["lr"]
     run.seconds += time.time() - since
     run.epoch, run.step = run.epoch + 1, 0
     run.totals.zero_()
-    entry = {"epoch": run.epoch, "lr": lr, "loss": loss / n, "feedback": feedback / n,
-             "train_error": 100 * wrong / n, "test_error": test["error"],
-             "test_top5_error": test["top5_error"],
+    entry = {"epoch": run.epoch, "lr": lr, "loss": loss, "feedback": feedback,
+             "gradient_norm": norm, "clipped_percent": 100 * clipped,
+             "train_error": 100 * wrong, "test_error": test["error"],
+             "test_top5_error": test["top5_error"], "told_apart": told_apart(run),
              "time": {"seconds": run.seconds, "images_per_second": images}}
     run.history.append(entry)
     look_at_routing(run)
     left = run.seconds / run.epoch * (run.config.epochs - run.epoch)
-    say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss / n:.4f}  "
-        f"feedback {feedback / n:.4f}  "
-        f"error: train {entry['train_error']:5.2f} %  test {entry['test_error']:5.2f} %  "
+    gradient = f"gradient {norm:.2g}" + f", {100 * clipped:.0f} % clipped" * (run.config.clip > 0)
+    say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss:.4f}  feedback {feedback:.4f}  "
+        f"{gradient}  error: train {100 * wrong:5.2f} %  test {test['error']:5.2f} %  "
         f"{images:,.0f} images/s  {clock(left)} left")
     if agreed(int(run.epoch == run.config.epochs or due(run))):
         save(run)

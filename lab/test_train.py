@@ -29,8 +29,7 @@ def test_the_default_run_in_small(cli, place):
     folder = place / "runs/digits-encapnet-small-0"
     lines = [line for line in done.out.splitlines() if line.startswith("epoch")]
     assert done.code == 0 and not done.err and len(lines) == 2
-    assert re.fullmatch(r"epoch +1/2  loss \d.\d+  feedback \d.\d+  error: train .* %  test .* %  "
-                        r"\d+ images/s  \dm\d\ds left", lines[0])
+    assert re.match(r"epoch +1/2 .* error: train .* %  test .* %  \d+ images/s", lines[0])
     header, *epochs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     assert header["config"]["dataset"] == "digits" and header["environment"]["torch"]
     assert [e["epoch"] for e in epochs] == [1, 2]
