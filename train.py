@@ -36,7 +36,12 @@ from lab.config import (
 )
 from lab.fit import clock, fit, predict, test_only
 from lab.runtime import RUNS, Problem, guarded, say
-from lab.tables import FIGURES, TABLES, Part, report, show_figure, show_table
+from lab.tables import FIGURES, TABLES, report, show_figure, show_table
+
+
+def name_of(text):
+    """A table's or figure's number, or the name of a study."""
+    return int(text) if text.isdigit() else text
 
 
 def make_parser():
@@ -47,13 +52,13 @@ def make_parser():
                            f"digits:\n{' '.join(flags(RECIPES['digits']))}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("commands; without one, train")
-    commands.add_argument("--table", type=int, choices=sorted({2, *TABLES}),
-                          help="run a table of the paper")
+    commands.add_argument("--table", type=name_of, choices=[1, 2, *list(TABLES)[1:]],
+                          help="run a table of the paper, or a study of ours")
     commands.add_argument("--row", nargs="+", metavar="TEXT",
                           help="only its rows with this in their name")
     commands.add_argument("--seeds", type=number(1), metavar="K", help="of each row (default: 1)")
-    commands.add_argument("--figure", type=int, choices=sorted(FIGURES),
-                          help="run and draw a figure of the paper")
+    commands.add_argument("--figure", type=name_of, choices=list(FIGURES),
+                          help="run and draw a figure of the paper, or draw a study")
     commands.add_argument("--report", action="store_true",
                           help="render README's tables from results/")
     commands.add_argument("--check", action="store_true",
@@ -144,11 +149,11 @@ def show_list():
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")
     print("tables and figures:")
-    for k, parts in sorted({**TABLES, 2: [Part("architectures", {}, {}, [])]}.items()):
-        blocks = "; ".join(part.title.partition(";")[0] for part in parts)
-        print(f"  --table {k}          {blocks}")
+    for k in (1, 2, *list(TABLES)[1:]):
+        titles = [part.title for part in TABLES[k]] if k in TABLES else ["architectures"]
+        print(f"  --table {k:<9}", "; ".join(title.partition(";")[0] for title in titles))
     for k, (title, _) in FIGURES.items():
-        print(f"  --figure {k}         {title}")
+        print(f"  --figure {k:<8}", title)
 
 
 def check_commands(commands, given):

@@ -23,13 +23,12 @@ from lab.checkpoint import run_folder
 from lab.config import Config, Parser, config_key, flags, identity, make_config, number
 from lab.data import Data, fit_side, load_data, normalised, views
 from lab.digits import POSE, draw_digits
-from lab.figures import COLOURS, canvas, draw_agreement, save_figure
+from lab.figures import COLOURS, PALETTE, canvas, draw_agreement, save_figure
 from lab.fit import agreement, call, classification_loss, environment, make_model, trained
 from lab.runtime import Problem, guarded, reason, say, write_file
 from lab.tables import markdown
 
 DRAWN = 4000                                                            # digits for parts 1 and 3
-PALETTE = (*COLOURS, "#E69F00", "#56B4E9", "#000000")                  # the rest of Okabe and Ito's
 
 
 class Trained(NamedTuple):

@@ -2,12 +2,14 @@
 import io
 import itertools
 import math
+import statistics
 
 import torch
 
 from lab.runtime import say, write_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")    # Okabe and Ito's, colour-blind safe
+PALETTE = (*COLOURS, "#E69F00", "#56B4E9", "#000000")      # the rest of them
 
 
 def canvas(rows, columns, width=10, height=3.2):
@@ -99,4 +101,57 @@ def draw_figure4(lines, title, path):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
+    save_figure(figure, path)
+
+
+def interval(values):
+    """Mean of a sample, and half of its 95 % confidence interval (Student's t; one value: nan)."""
+    from scipy.stats import t
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    return statistics.mean(values), t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def draw_series(axis, series, **labels):
+    """Lines with intervals.   series: {label: {x: [values]}}"""
+    for k, (label, points) in enumerate(series.items()):
+        middles, halves = zip(*map(interval, points.values()), strict=True)
+        axis.errorbar(list(points), middles, halves, marker="osD^vPX"[k % 7], ms=4, capsize=2,
+                      color=PALETTE[k % 7], label=label)
+    axis.set(**labels)
+    axis.grid(alpha=0.3)
+
+
+def draw_few(parts, path):
+    """Paired difference to the row without feedback, seed by seed, against the number of images."""
+    rows = dict(parts[0])
+    base = rows.pop("no feedback")
+    gains = {row: {int(images): [e - base[images][seed] for seed, e in errors.items()
+                                 if seed in base[images]]
+                   for images, errors in cells.items() if images in base}
+             for row, cells in rows.items()}
+    figure, axes = canvas(1, 1, width=7, height=3.6)
+    draw_series(axes[0, 0], gains, xscale="log", xlabel="training images",
+                ylabel="error, less that without feedback\n(points of %, mean and 95 % interval)")
+    ticks = [int(images) for images in base]
+    axes[0, 0].set_xticks(ticks, map(str, ticks))
+    axes[0, 0].axhline(0, color="0.5", lw=0.8)
+    axes[0, 0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_routing(parts, path):
+    """Error against routing iterations, a panel a size of image."""
+    parts = {size: rows for size, rows in zip(("16x16", "32x32"), parts, strict=False) if rows}
+    figure, axes = canvas(1, len(parts), width=5 * len(parts), height=3.6)
+    for axis, (size, rows) in zip(axes[0], parts.items(), strict=True):
+        series = {}
+        for iterations, cells in rows.items():
+            for column, errors in cells.items():
+                series.setdefault(column, {})[int(iterations)] = list(errors.values())
+        draw_series(axis, series, title=f"MNIST at {size}", xlabel="routing iterations",
+                    ylabel="error (%), mean and 95 % interval", xticks=(1, 2, 3, 5))
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=8)
     save_figure(figure, path)

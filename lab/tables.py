@@ -21,7 +21,7 @@ from lab.config import (
     make_config,
     merge,
 )
-from lab.figures import draw_figure2, draw_figure4
+from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
 from lab.fit import clock, environment, fit, make_model, record
 from lab.runtime import (
     PUBLISHED,
@@ -49,6 +49,7 @@ class Part(NamedTuple):
     columns: dict          # name: changes
     rows: list             # (name, changes, {column: the paper's error in %});  None: quoted there
     own_data: bool = False           # stays on its data set when --dataset asks for another
+    study: bool = False              # ours, not the paper's: every cell is run, nothing beside it
 
 
 def use(name, **keywords):
@@ -154,6 +155,53 @@ TABLES = {
                 ("margin", "margin", 14.30, 15.18, 14.28),
                 ("CE loss", "ce", 14.76, "fail", 15.31))])],
 }
+
+# Studies: tables of ours, run, resumed and rendered like the paper's
+FEW = dict(dataset="mnist", image_size=16, resample=True, test_images=2000, batch_size=50,
+           schedule="one-cycle", lr=3e-3, clip=1.0, lam=0.0,
+           **use("encapnet", types=4, depths=(1, 1, 1), dims=(2, 4, 8, 16), feedback=1))
+FEW_SIZES = {"200": dict(train_images=200, epochs=60), "500": dict(train_images=500, epochs=30),
+             "1000": dict(train_images=1000, epochs=20), "2000": dict(train_images=2000, epochs=10)}
+ROUTING = dict(dataset="mnist", train_images=6000, test_images=2000, batch_size=64,
+               schedule="one-cycle", lr=3e-3, set=dict(types=4))
+ROUTINGS = {f"{name}{', fifth convolution' * fifth}": use(model, fifth_conv=fifth)
+            for name, model in (("dynamic", "capnet-dynamic"), ("EM", "capnet-em"))
+            for fifth in (False, True)}
+
+
+def study(title, base, columns, rows):
+    """A part without the paper's numbers.   rows: {name: changes}"""
+    return Part(title, base, columns, [(*row, {}) for row in rows.items()], study=True)
+
+
+TABLES |= {
+    "lambda": [study(
+        "feedback weight of the default run, error on every tenth training image",
+        dict(dataset="digits", hold_out=True), {"error": {}},
+        {f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)})],
+    "few": [study(
+        "the feedback unit where images are few: MNIST at 16x16, a column a number of training "
+        "images, drawn anew for every seed", FEW, FEW_SIZES,
+        {"no feedback": {}, **{f"OT, lambda {lam:g}": dict(lam=lam) for lam in (1.0, 10.0, 30.0)},
+         "KL, lambda 10": dict(lam=10.0, set=dict(divergence="kl")),
+         "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+")}), study(
+        "which part of the unit: 500 images, lambda 10", dict(FEW, lam=10.0),
+        {"500": FEW_SIZES["500"]},
+        {"no bias fix (d1)": dict(set=dict(bias_fix=False)),
+         "gradient of the plan (d2)": dict(set=dict(plan_grad=True)),
+         "raw pixels (d3)": dict(set=dict(extractor=False)),
+         "vanilla generator (d4)": dict(set=dict(generator="vanilla")),
+         "l2 cost (d5)": dict(set=dict(cost="l2")), "two units": dict(set=dict(feedback=2)),
+         "eps 1": dict(set=dict(eps=1.0))})],
+    "routing": [study(
+        f"routing iterations: MNIST at {side}x{side}, 6,000 images, {epochs} epochs, 4 types",
+        dict(ROUTING, image_size=side, epochs=epochs), ROUTINGS,
+        {str(r): dict(set=dict(iterations=r)) for r in (1, 2, 3, 5)})
+        for side, epochs in ((16, 2), (32, 4))] + [study(
+        "the softmax over j, which did not converge in the paper: MNIST at 16x16, 3 iterations",
+        dict(ROUTING, image_size=16, epochs=2), dict(list(ROUTINGS.items())[:2]),
+        {"over j": dict(set=dict(softmax="out"))})],
+}
 # Channels (EncapNet: 32 types x capsule dimension) and side of the outputs of M0 .. M4 of both
 TABLE2 = {"stem": (32, 32), "blocks.0": (64, 32), "blocks.1": (128, 16), "blocks.2": (256, 8),
           "blocks.3": (512, 4)}
@@ -163,6 +211,8 @@ FIGURES = {
     4: ("training loss with and without OT divergence",
         {"EncapNet": use("encapnet", feedback=0), "EncapNet * OT": use("encapnet", feedback=1),
          "ResNet": use("resnet18", feedback=0), "ResNet * OT": use("resnet18", feedback=1)}),
+    "few": ("what feedback gains on few images", {}),
+    "routing": ("error against routing iterations", {}),
 }
 
 
@@ -224,7 +274,7 @@ def part_cells(part, given, only=()):
     for name, changes, paper in part.rows:
         if changes is not None and (not only or any(word in name for word in only)):
             for column, about in part_columns(part, given).items():
-                if paper.get(column) is not None:
+                if part.study or paper.get(column) is not None:
                     yield name, column, row_config(part.base, about, changes, given)
 
 
@@ -305,6 +355,8 @@ def markdown(header, rows):
 
 def render_part(number, part, given, runs):
     """One block as Markdown: paper | ours | difference, of the same data, for each column."""
+    if part.study:
+        return render_study(number, part, given, runs)
     columns = part_columns(part, given)
     theirs = {(row, column): config.dataset for row, column, config in part_cells(part, {})}
     cells = {(row, column): config for row, column, config in part_cells(part, given)}
@@ -327,6 +379,19 @@ def render_part(number, part, given, runs):
         rows.append([*line, "quoted" if changes is None else next(iter(how.values())) if alike else
                      "; ".join(f"{column}: {each}" for column, each in how.items()) or "–"])
     return f"**Table {number}: {part.title}.** {told_of(first, given)}\n\n" + markdown(header, rows)
+
+
+def render_study(name, part, given, runs):
+    """One block of ours as Markdown: mean ± std for each column, and over what."""
+    columns, rows = part_columns(part, given), {}
+    for row, column, config in part_cells(part, given):
+        ours, _, how = summary(config, None, runs)
+        rows.setdefault(row, {})[column] = (ours, how)
+    lines = [[row, *(cells[column][0] for column in columns),
+              "; ".join(dict.fromkeys(how for _, how in cells.values()))]
+             for row, cells in rows.items()]
+    return (f"**{name}: {part.title}.** Error in %{changes_told(given)}.\n\n"
+            + markdown(["", *columns, "how"], lines))
 
 
 def changes_told(given):
@@ -475,6 +540,8 @@ def show_figure(number, seeds, given):
     title, variants = FIGURES[number]
     target = Path(given.get("output_dir", RUNS)) / f"figure-{number}.png"
     given = {k: v for k, v in given.items() if k != "output_dir"}
+    if number in ("few", "routing"):
+        return show_study(number, given, target)
     configs = {name: row_config(CIFAR10, changes, given) for name, changes in variants.items()}
     runs, _ = read_results(*published(), RUNS / "results.jsonl")
     failures = obtain_all(list(configs.items()), seeds, runs)
@@ -489,6 +556,27 @@ def show_figure(number, seeds, given):
     if rank() == 0:
         title = f"{title}, {data_name(next(iter(configs.values())))}"
         {2: draw_figure2, 4: draw_figure4}[number](lines, title, target)
+
+
+def study_errors(part, given, runs):
+    """{row: {column: {seed: error}}} of what has been run."""
+    found = {}
+    for row, column, config in part_cells(part, given):
+        errors = {seed: r["error"] for (key, seed), r in sorted(runs.items())
+                  if key == config_key(config) and r["error"] is not None}
+        if errors:
+            found.setdefault(row, {})[column] = errors
+    return found
+
+
+def show_study(name, given, target):
+    """Draw a study from what its table has run: nothing is trained here."""
+    runs, _ = read_results(*published(), RUNS / "results.jsonl")
+    parts = [study_errors(part, given, runs) for part in TABLES[name]]
+    if not parts[0]:
+        raise Problem(f"nothing has been run yet: python train.py --table {name} --seeds 3", 1)
+    if rank() == 0:
+        {"few": draw_few, "routing": draw_routing}[name](parts, target)
 
 
 def report(check, parse):
@@ -508,13 +596,14 @@ def report(check, parse):
         if commands:
             raise Problem(f"{README}: {match[1]}: only flags of a run here")
         command = f"`python train.py --table {shlex.join(words[1:])}`"
-        table = render_table(int(words[1]), given, (runs, benches))
+        name = int(words[1]) if words[1].isdigit() else words[1]
+        table = render_table(name, given, (runs, benches))
         return f"<!-- {match[1]} -->\n{table}\n\n{command}\n<!-- end -->"
 
     if not README.exists():
         raise Problem(f"no {README} here")
     before = README.read_text()
-    block = r"<!-- ((?:table \d|runs|speed)[^>]*?) -->\n.*?<!-- end -->"
+    block = r"<!-- ((?:table \w+|runs|speed)[^>]*?) -->\n.*?<!-- end -->"
     after = re.sub(block, fill, before, flags=re.S)
     if after != before and check:
         raise Problem(f"{README} does not agree with {PUBLISHED}/: run python train.py --report", 1)
