@@ -269,13 +269,10 @@ def draw_feedback(run, figure, shown=4):
     def strength(image):                               # lengths, mean over types: (B, 1, H, W)
         types = getattr(run.net, "types", 1)
         return image.unflatten(1, (types, -1)).norm(dim=2).mean(1, keepdim=True)
-    lows, made = [], []
-    seen = record(run, run.images(200)[0], list(run.net.blocks))
-    pairs = [pair for (u, *_), (w, v) in seen for pair in [(u, v), (w, v)][:run.net.feedback]]
-    for unit, (low, high) in zip(run.net.units, pairs, strict=True):
-        lows.append(low)
-        made.append(unit.generate(high, low.shape[-2:]))
-    both = list(zip(lows, made, strict=True))
+    _, pairs = run.net.walk(run.net.stem(normalised(run.images(200)[0], run.data)))
+    units = list(zip(run.net.units, pairs, strict=True))
+    both = [(low, unit.generate(high, low.shape[-2:])) for unit, (low, high) in units]
+    told = [unit.told_apart(low).item() for unit, (low, _) in units]
     series = {"all channels": [match(a, b) for a, b in both],
               "capsule lengths": [match(strength(a), strength(b)) for a, b in both],
               "lengths, other image": [match(strength(a), strength(b.roll(1, 0)))
@@ -288,9 +285,15 @@ def draw_feedback(run, figure, shown=4):
             axis.set_title(f"{name}, unit 1", fontsize=8)
             axis.set_axis_off()
     axis = right.subplots()
-    names = [f"unit {k + 1}" for k in range(len(lows))]
+    names = [f"unit {k + 1}" for k in range(len(units))]
     bars(axis, names, series, (COLOURS[1], COLOURS[0], "0.7"))
     axis.set_title("correlation of generated and real", fontsize=9)
+    axis.set_xticks(range(len(units)), [f"{name}\n{share:.2f}" for name, share
+                                        in zip(names, told, strict=True)])
+    axis.set_xlabel("number: share of variance between samples in the features that it compares;\n"
+                    "near 0 all images look alike to the unit, and it feeds nothing back",
+                    fontsize=8)
+    series["told apart"] = told
     return {label: dict(zip(names, values, strict=True)) for label, values in series.items()}
 
 
