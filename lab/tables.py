@@ -177,7 +177,7 @@ def study(title, base, columns, rows):
 TABLES |= {
     "lambda": [study(
         "feedback weight of the default run, error on every tenth training image",
-        dict(dataset="digits", hold_out=True), {"error": {}},
+        dict(dataset="digits", model="encapnet-small", hold_out=True), {"error": {}},
         {f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)})],
     "few": [study(
         "the feedback unit where images are few: MNIST at 16x16, a column a number of training "
