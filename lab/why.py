@@ -61,9 +61,9 @@ def em(data_path, rounds=5, images=16):
     x = normalised(next(views(data.test.images, data.side, False, False)), data)
     for name, form in FORMS.items():
         changed = dataclasses.replace(config, set={**config.set, "normalise": form})
-        net, given = build_run(changed, data, device).net.train(), {}
-        for k, layer in enumerate(net.routed):
-            layer.register_forward_hook(lambda layer, u, out, k=k, given=given: given.update({k: u}))
+        net, given = build_run(changed, data, device).net.train(), []
+        for layer in net.routed:
+            layer.register_forward_hook(lambda layer, u, out, given=given: given.append(u))
         with torch.no_grad():
             net(x)
         for k, layer in enumerate(net.routed):
@@ -112,12 +112,13 @@ def burst(data_path, steps=400):
     """The default run at lambda = 10, without clipping and with: its first steps."""
     found = {}
     for name, clip in (("not clipped", 0.0), ("clipped to 1", 1.0)):
-        config = make_config(lam=10.0, clip=clip, data_path=data_path, device="cpu")
+        config = make_config(lam=10.0, clip=clip, train_images=min(16000, 64 * steps),
+                             data_path=data_path, device="cpu")
         device = start(config)
         run = build_run(config, load_data(config, device), device)
         run.net.train()
         order, _ = shuffle(len(run.data.train), config.seed, 0)
-        chunks = order.split(run.batch)[:steps]
+        chunks = order[:steps * run.batch].split(run.batch)
         seen = []
         for images, labels, _ in run.data.train.batches(chunks, device):
             seen.append(observed_step(run, normalised(images.float() / 255, run.data), labels))
