@@ -27,7 +27,6 @@ from lab.config import (
     RECIPES,
     Config,
     Parser,
-    did_you_mean,
     flags,
     make_config,
     merge,
@@ -76,12 +75,13 @@ def make_parser():
         about = field.metadata
         group = groups.setdefault(about["group"], None) or parser.add_argument_group(about["group"])
         groups[about["group"]] = group
-        flag = {"help": about["help"].replace("%", "%%"), **about["flag"]}
+        flag = dict(about["flag"])
         if field.type is bool:
             flag["action"] = argparse.BooleanOptionalAction
         else:
-            flag["type"] = about["type"] or field.type
-            flag.setdefault("metavar", field.name.rpartition("_")[2].upper())
+            flag.setdefault("type", field.type)
+            if "choices" not in flag:
+                flag.setdefault("metavar", field.name.rpartition("_")[2].upper())
         if field.default not in ("", None, dataclasses.MISSING):
             several = isinstance(field.default, tuple)
             shown = " ".join(map(str, field.default)) if several else field.default
@@ -95,8 +95,7 @@ def parse(arguments):
     parser = make_parser()
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise Problem(f"unknown argument {unknown[0]}{did_you_mean(unknown[0], flags)}")
+        raise Problem(f"unknown argument {unknown[0]}; --help lists all")
     found = vars(found)
     names = [f.name for f in dataclasses.fields(Config)]
     given = {name: found.pop(name) for name in names if name in found}
@@ -180,8 +179,7 @@ def check_commands(commands, given):
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
-            raise Problem(f"--row {word!r}: no such row{did_you_mean(word, rows)}; choose from "
-                          f"{', '.join(rows)}")
+            raise Problem(f"--row {word!r}: no such row; choose from {', '.join(rows)}")
 
 
 def command(commands, given):

@@ -3,7 +3,6 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -62,21 +61,6 @@ class Parser(argparse.ArgumentParser):
         raise Problem(message)
 
 
-def did_you_mean(word, known):
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def one_of(known):
-    """Argument type: a name that known(), evaluated late, holds."""
-    def parse(text):
-        if text not in known():
-            hint = did_you_mean(text, known()) or f": choose from {', '.join(known())}"
-            raise argparse.ArgumentTypeError(f"unknown name {text!r}{hint}")
-        return text
-    return parse
-
-
 def number(low, kind=int):
     """Argument type: a finite number from low on."""
     def parse(text):
@@ -104,9 +88,9 @@ def assignment(text):
 # ------------------------------------------------------------------------------------------------
 
 
-def option(default, group, help, *, type=None, free=False, **flag):
+def option(default, group, help, *, free=False, **flag):
     """A field of Config and its flag.  free: no part of a run's identity, may change on resume."""
-    metadata = dict(group=group, help=help, type=type, free=free, flag=flag)
+    metadata = dict(group=group, free=free, flag={"help": help.replace("%", "%%"), **flag})
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -124,7 +108,7 @@ OPTIMIZERS = ("adam", "rmsprop", "sgd")
 
 @dataclasses.dataclass
 class Config:
-    dataset: str = data_option("digits", help="see --list", type=one_of(lambda: DATASETS))
+    dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
     data_path: str = data_option("data", help="where data sets are, or go", free=True,
                                  metavar="DIR")
     image_size: int = data_option(0, help="side of the images; 0: the data set's", type=number(0))
@@ -134,26 +118,26 @@ class Config:
     resample: bool = data_option(False, help="with --train-images: others for every seed")
     hold_out: bool = data_option(False, help="to choose settings by: every tenth training image is "
                                  "tested, not trained on; the test images stay unseen")
-    augment: str = data_option("none", type=one_of(lambda: AUGMENT),
+    augment: str = data_option("none", choices=AUGMENT,
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
     flip: bool = data_option(False, help="mirror training images at random (++: yes, digits: no)")
     class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it",
                                   metavar="FILE")
     unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
                                   "report; trust: do not look beforehand", free=True,
-                                  type=one_of(lambda: ("stop", "skip", "trust")))
+                                  choices=("stop", "skip", "trust"))
     workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
                                free=True, type=number(0))
-    model: str = model_option("encapnet", help="see --list", type=one_of(lambda: models()))
+    model: str = model_option("encapnet", help="see --list", choices=models(), metavar="MODEL")
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
     loss: str = model_option("", help="margin, spread, spread-fixed, ce; networks with logits: ce",
-                             type=one_of(lambda: LOSSES))
+                             choices=LOSSES)
     lam: float = model_option(10.0, help="weight of the feedback divergence", type=number(0, float))
-    recipe: str = train_option("default", type=one_of(lambda: ("default", "fast")),
+    recipe: str = train_option("default", choices=("default", "fast"),
                                help="default: the paper's (digits: its own); fast: for one evening")
     optimizer: str = train_option("adam", help="adam, rmsprop, sgd [Table 5]",
-                                  type=one_of(lambda: OPTIMIZERS))
+                                  choices=OPTIMIZERS)
     lr: float = train_option(1e-4, help="learning rate", type=number(0, float))
     weight_decay: float = train_option(5e-4, help="L2 penalty", type=number(0, float))
     batch_size: int = train_option(128, help="over all processes", type=number(1))
@@ -162,7 +146,7 @@ class Config:
                                "never, as in the paper; recipes digits and fast: 1",
                                type=number(0, float), metavar="NORM")
     schedule: str = train_option("steps", help="steps or one-cycle",
-                                 type=one_of(lambda: ("steps", "one-cycle")))
+                                 choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="epochs at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
     gamma: float = train_option(0.1, help="by this factor", type=number(0, float))

@@ -470,7 +470,7 @@ def show_table(number, only, seeds, given):
                  for row, column, config in part_cells(part, given, only)]
         failures += obtain_all(cells, seeds, runs)
     benches = read_results(*published(), RUNS / "results.jsonl")[1]
-    text = render_table(number, given, (runs, benches))
+    text = "\n\n".join(render_table(number, given, (runs, benches)))
     say("\n" + text)
     if rank() == 0:
         RUNS.mkdir(exist_ok=True)
@@ -480,13 +480,14 @@ def show_table(number, only, seeds, given):
 
 
 def render_table(number, given, results):
+    """-> [a block of Markdown, ...]"""
     if number == 2:
-        return architecture("encapnet", given) + "\n\n" + architecture("resnet18", given)
+        return [architecture("encapnet", given), architecture("resnet18", given)]
     runs, benches = results
     texts = [render_part(number, part, given, runs) for part in wanted_parts(number, given)]
     if number == 1:
         texts.insert(0, render_costs(TABLES[1][0], given, benches))
-    return "\n\n".join(texts)
+    return texts
 
 
 def watched(network, x):
@@ -580,36 +581,42 @@ def show_study(name, given, target):
 
 
 def report(check, parse):
-    """Render README's tables, <!-- table 3 --epochs 20 ... --> to <!-- end -->, from results/.
+    """Render the tables of README.md and results/README.md from the lines of results/.
 
+    <!-- table 3 --epochs 20 ... --> to <!-- end -->; table 3/2 is its second block alone
     parse: words of a command line -> commands, fields of Config given
     """
     runs, benches = read_results(*published())
 
     def fill(match):
-        words = shlex.split(match[1])
-        if words[0] == "runs":
-            return f"<!-- {match[1]} -->\n{render_runs(runs)}\n<!-- end -->"
-        if words[0] == "speed":
-            return f"<!-- {match[1]} -->\n{render_speed(read_lines(*published()))}\n<!-- end -->"
-        commands, given = parse(words[2:])
-        if commands:
-            raise Problem(f"{README}: {match[1]}: only flags of a run here")
-        command = f"`python train.py --table {shlex.join(words[1:])}`"
-        name = int(words[1]) if words[1].isdigit() else words[1]
-        table = render_table(name, given, (runs, benches))
-        return f"<!-- {match[1]} -->\n{table}\n\n{command}\n<!-- end -->"
+        kind, *words = shlex.split(match[1])
+        if kind == "runs":
+            text = render_runs(runs)
+        elif kind == "speed":
+            text = render_speed(read_lines(*published()))
+        else:
+            (table, _, part), (commands, given) = words[0].partition("/"), parse(words[1:])
+            if commands:
+                raise Problem(f"{match[1]}: only flags of a run here")
+            name = int(table) if table.isdigit() else table
+            blocks = render_table(name, given, (runs, benches))
+            text = "\n\n".join([blocks[int(part) - 1]] if part else blocks)
+            text += f"\n\n`python train.py --table {shlex.join([table, *words[1:]])}`"
+        return f"<!-- {match[1]} -->\n{text}\n<!-- end -->"
 
-    if not README.exists():
+    pages = [page for page in (README, PUBLISHED / "README.md") if page.exists()]
+    if not pages:
         raise Problem(f"no {README} here")
-    before = README.read_text()
-    block = r"<!-- ((?:table \w+|runs|speed)[^>]*?) -->\n.*?<!-- end -->"
-    after = re.sub(block, fill, before, flags=re.S)
-    if after != before and check:
-        raise Problem(f"{README} does not agree with {PUBLISHED}/: run python train.py --report", 1)
-    if after != before:
-        write_file(README, after.encode())
-    say(f"{README}: {'brought up to date' if after != before else 'up to date'}")
+    for page in pages:
+        before = page.read_text()
+        block = r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->"
+        after = re.sub(block, fill, before, flags=re.S)
+        if after != before and check:
+            raise Problem(f"{page} does not agree with {PUBLISHED}/: run python train.py --report",
+                          1)
+        if after != before:
+            write_file(page, after.encode())
+        say(f"{page}: {'brought up to date' if after != before else 'up to date'}")
 
 
 def speed_row(line):

@@ -57,11 +57,11 @@ def test_help_and_list(cli, capsys):
 
 
 @pytest.mark.parametrize("words, wanted", [
-    ("--modle encapnet", "did you mean --model?"),
-    ("--model encapnet7", "did you mean encapnet"), ("--dataset cifar", "did you mean cifar10"),
+    ("--modle encapnet", "--modle"), ("--model encapnet7", "encapnet6"),
+    ("--dataset cifar", "cifar10"),
     ("--epochs -1", "at least 0"), ("--lr nan", "--lr"), ("--lr x", "must be a number"),
     ("--batch-size 0", "at least 1"), ("--batch-size 1.5", "whole number"),
-    ("--set types", "KEY=VALUE"), ("--table 9", "--table"), ("--loss hinge", "margin, spread"),
+    ("--set types", "KEY=VALUE"), ("--table 9", "--table"), ("--loss hinge", "spread-fixed"),
     ("--device tpu9", "--device"), ("--set tipes=2 --train-images 9", "types"),
     ("--set types=0 --train-images 9", "types"), ("--model resnet18 --loss margin", "logits"),
     ("--resume nowhere", "nowhere"), ("--resume", "no unfinished run"),
