@@ -35,7 +35,7 @@ from lab.checkpoint import (
     write_log,
 )
 from lab.config import DATASETS, PEERS, Config, config_key, identity_fields, merge
-from lab.data import Data, augmented, decode, grey, load_data, normalised, shuffle, views
+from lab.data import SUFFIXES, Data, augmented, decode, grey, load_data, normalised, shuffle, views
 from lab.figures import draw_run
 from lab.runtime import (
     RUNS,
@@ -576,20 +576,37 @@ def test_only(given):
         f"{test['error']:.2f} %, top-5 {test['top5_error']:.2f} %, {test['images']:,} images")
 
 
+def load(run, **given):
+    """A trained network, to use in another program -> net in eval mode, class names, transform.
+
+    run: its folder or checkpoint;  given: fields of Config to change, such as device="cuda"
+    transform(image file, its path or open) -> (1, C, H, W), as the network was trained on
+    """
+    config, state, net, device = trained({"resume": str(run), **given})
+    mean, std = (state["data"][name].view(-1, 1, 1) for name in ("mean", "std"))
+
+    def transform(file):
+        x = decode(file, config.image_size)[None] / 255
+        return (((grey(x) if len(mean) == 1 else x) - mean) / std).to(device)
+    return net, state["data"]["classes"], transform
+
+
 @torch.no_grad()
-def predict(files, given):
-    """Class and length (or probability) of each class capsule for image files."""
-    config, state, net, device = trained(given)
-    classes, mean = state["data"]["classes"], state["data"]["mean"]
-    data = Data(state["data"]["name"], classes, None, None, config.image_size, mean.to(device),
-                state["data"]["std"].to(device))
+def predict(paths, given):
+    """A line an image, or an image of a folder: its classes, the longest (likeliest) first."""
+    net, classes, transform = load(given.pop("resume"), **given)
+    files = [file for path in map(Path, paths) for file in (sorted(
+        f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path])]
+    bad = 0
     for file in files:
         try:
-            image = decode(file, config.image_size)
+            scores = net(transform(file))[0][0]
         except Exception as error:                                       # PIL raises all kinds
-            raise Problem(f"cannot read {file}: {reason(error)}") from error
-        x = image[None].to(device).float() / 255
-        scores = call(net, config, normalised(grey(x) if len(mean) == 1 else x, data))[0][0]
-        scores = (scores.softmax(0) if net.logits else scores).tolist()
-        order = sorted(range(len(classes)), key=lambda k: -scores[k])[:20]
-        print(f"{file}: {classes[order[0]]}\n  ", *(f"{classes[k]} {scores[k]:.3f}" for k in order))
+            print(f"{file}: cannot read it ({reason(error)})")
+            bad += 1
+            continue
+        values, order = (scores.softmax(0) if net.logits else scores).sort(descending=True)
+        print(f"{file}:", ", ".join(f"{classes[k]} {value:.3f}" for k, value in zip(
+            order[:10].tolist(), values.tolist(), strict=False)))
+    if bad or not files:
+        raise Problem(f"{bad} of {len(files)} images cannot be read: {', '.join(paths)[:200]}", 1)

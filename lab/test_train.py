@@ -2,9 +2,11 @@
 import json
 import re
 import shlex
+import shutil
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -16,7 +18,7 @@ import train
 from conftest import FOLDER, assert_one_line, state_of
 from lab import bench
 from lab.config import AUGMENT, DATASETS, config_key, make_config
-from lab.fit import learning_rate
+from lab.fit import learning_rate, load
 from lab.runtime import Problem, guarded
 
 # ------------------------------------------------------------------------------------------------
@@ -140,16 +142,38 @@ def test_predict(trained, cli, pictures):
     image = pictures / "test/bee/1.png"
     Image.open(image).convert("RGBA").save("clear.png")
     done = cli(f"--resume {trained} --predict {image} clear.png")
-    first, second = done.out.split("clear.png")
+    first, second = (line.rpartition(": ")[2] for line in done.out.splitlines())
     lengths = [float(x) for x in re.findall(r"(?:ant|bee|cat) (\d\.\d+)", first)]
     assert done.code == 0 and len(lengths) == 3 and lengths == sorted(lengths, reverse=True)
-    assert 0 <= lengths[-1] and lengths[0] <= 1
-    assert lengths == [float(x) for x in re.findall(r"(?:ant|bee|cat) (\d\.\d+)", second)]
-    Path("text.png").write_text("no image")
-    Path("folder.png").mkdir()
-    Image.new("1", (10001, 10000)).save("huge.png")
-    for name in ("text.png", "folder.png", "huge.png", "missing.png"):
-        assert_one_line(cli(f"--resume {trained} --predict {name}"), f"cannot read {name}")
+    assert 0 <= lengths[-1] and lengths[0] <= 1 and first == second
+
+
+def test_predict_a_folder_goes_on_after_an_image_that_cannot_be_read(trained, cli, pictures):
+    folder = Path(shutil.copytree(pictures / "test/bee", "mixed"))
+    (folder / "text.png").write_text("no image")
+    Image.new("1", (10001, 10000)).save(folder / "huge.png")
+    (folder / "notes.txt").write_text("not looked at")
+    done = cli(f"--resume {trained} --predict mixed missing.png")
+    assert_one_line(done, "3 of 8", code=1)
+    bad = [line for line in done.out.splitlines() if "cannot read" in line]
+    assert len(done.out.splitlines()) == 8 and len(bad) == 3 and "notes" not in done.out
+    Path("empty").mkdir()
+    assert_one_line(cli(f"--resume {trained} --predict empty"), "empty", code=1)
+
+
+def test_a_trained_network_in_another_program_says_what_predict_says(trained, cli, pictures):
+    net, classes, transform = load(trained)
+    image = pictures / "test/bee/1.png"
+    with torch.no_grad():
+        scores = net(transform(image))[0][0].tolist()
+    said = cli(f"--resume {trained} --predict {image}").out
+    assert classes == ["ant", "bee", "cat"] and not net.training
+    for name, score in zip(classes, scores, strict=True):
+        assert f"{name} {score:.3f}" in said
+    state = state_of(trained)["data"]
+    pixels = torch.tensor(np.array(Image.open(image))).permute(2, 0, 1) / 255
+    want = (pixels - state["mean"].view(3, 1, 1)) / state["std"].view(3, 1, 1)
+    torch.testing.assert_close(transform(image)[0], want)
 
 
 def test_weights_of_wrapped_models_are_interchangeable(trained, cli):
