@@ -30,7 +30,7 @@ Deviations from the print and the authors' released code, and readings of what n
     5  EM standardises over j the cost that enters the sigmoid (App. A.i calls a normalisation
        crucial and gives no formula) and the log densities that enter the softmax.  Each is a sum
        over the d numbers of a pose, compared between capsules: as it is, R is 0 or 1, a capsule
-       rests on two votes, variances fall to the floor, and three iterations stay at chance.
+       rests on two votes, variances fall to the floor, and three iterations hardly learn.
        Input activations are the sigmoid, not the released ReLU, of BatchNorm(conv); a class score
        is |squash(mu)|.  R starts equal over j, the inverse temperature is 1 + r, a variance has
        1e-8 added.
@@ -179,7 +179,7 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
        with return_coefficients also R (B, i, j), the assignment that the last M-step used
     normalise: what is standardised over j, "both" cost and log densities or "cost" alone, which
-        does not learn (deviation 5)
+        hardly learns (deviation 5)
     """
     check_shape("votes", votes, "B i j d")
     B, n_in, n_out, _ = votes.shape
@@ -392,6 +392,10 @@ def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3, normalise="
 # The routed capsule layer of CapNet
 # ------------------------------------------------------------------------------------------------
 
+# Blocks of samples fix the batch, a traced graph must not: export has votes.  (torch 2.6 has only
+# the wider question, which compiles votes too.)
+exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 class RoutedCapsules(nn.Module):
     """Every lower capsule votes for every higher one, routing weighs the votes.   [Sec. 2.1]
@@ -455,7 +459,9 @@ class RoutedCapsules(nn.Module):
             check_shape("activation", activation, "B i", B=u.shape[0], i=u.shape[1] * u.shape[2])
         if self.b is not None:
             check_shape("u", u, "B types P in_dim", P=self.b.shape[0] // self.types)
-        if not self.factored or u.shape[2] < {"dynamic": 4, "em": 16}[self.routing]:
+        monomials = (self.in_dim + 1) * (self.in_dim + 2) // 2
+        few = {"dynamic": 4, "em": monomials // 3}[self.routing]         # below: votes are faster
+        if not self.factored or exporting() or u.shape[2] < few:
             return self.route(dynamic_routing, em_routing, self.votes(u), activation)
         W = self.weight
         if self.bias is not None:                                        # the weight of a 1
