@@ -263,10 +263,10 @@ def train_epoch(run, bar):
 
 
 @torch.no_grad()
-def evaluate(run, multi_crop=False):
-    """Errors in % over the whole test set, each image counted once however many the processes.
+def count_hits(run, multi_crop=False):
+    """Of the whole test set, each image counted once however many the processes.
 
-    -> {"error": top-1, "top5_error":, "images": their number}
+    -> (3,): right first answers, right among the first five, images; on the device
     """
     data, mirror = run.data, DATASETS[run.config.dataset].flips
     mine = torch.arange(rank(), len(data.test), world(), device=run.device)
@@ -281,7 +281,12 @@ def evaluate(run, multi_crop=False):
         hits += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
     if world() > 1:
         dist.all_reduce(hits)
-    top1, top5, n = hits.tolist()
+    return hits
+
+
+def evaluate(run, multi_crop=False):
+    """Errors in % -> {"error": top-1, "top5_error":, "images": their number}"""
+    top1, top5, n = count_hits(run, multi_crop).tolist()
     return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n}
 
 

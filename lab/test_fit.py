@@ -1,0 +1,742 @@
+"""What training computes: a step, an epoch, an evaluation, a run, each against a count by hand."""
+import contextlib
+import dataclasses
+import itertools
+import json
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as T
+from PIL import Image
+
+import encapnet
+from lab import fit
+from lab.config import Config, config_key, make_config
+from lab.data import Data, Split, enlarged, load_data
+from lab.digits import draw_digits
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+HERE = Path(__file__).parent
+
+# ------------------------------------------------------------------------------------------------
+# Networks and data small enough to be done by hand
+# ------------------------------------------------------------------------------------------------
+
+WEIGHTS = np.array([.5, -.3, .8, .2, .4, -.1])             # w, then a
+PULL = np.array([.3, -.2, .5, .1, .7, -.4])                # the gradient of the feedback
+MIX = np.array([1., 2., 4.])                               # of the channels
+
+
+class Toy(nn.Module):
+    """scores_bk = w_k f_b + a_k,  f_b = sum_c MIX_c mean_hw x_bc;  feedback = PULL . (w, a)."""
+
+    logits = False
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.a = (nn.Parameter(torch.tensor(p).float()) for p in np.split(WEIGHTS, 2))
+
+    def forward(self, x):
+        f = x.mean((2, 3)) @ torch.tensor(MIX).float()
+        feedback = torch.tensor(PULL).float() @ torch.cat([self.w, self.a])
+        return f[:, None] * self.w + self.a, feedback
+
+
+class NoisyToy(Toy):
+    """Toy with dropout: what it computes depends on the random state."""
+
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+class Reader(nn.Module):
+    """scores = weight . pixels, which tells every crop from its mirror image; lengths: squeezed."""
+
+    def __init__(self, logits, channels=3, side=4, classes=10):
+        super().__init__()
+        self.logits = logits
+        values = torch.randn(classes, channels * side ** 2, generator=torch.Generator())
+        self.weight = nn.Parameter(0.3 * values)
+
+    def forward(self, x):
+        scores = x.flatten(1) @ self.weight.T
+        return (scores if self.logits else scores.sigmoid()), scores.new_zeros(())
+
+
+def toy_data(train=8, test=8, channels=3, side=4, held=4, classes=3, mean=(.1, .4, .7),
+             std=(.5, .25, .8), device=CPU):
+    """Random images; moments that are not theirs, and differ between channels."""
+    generator = torch.Generator().manual_seed(train + test)
+
+    def split(n):
+        images = torch.randint(256, (n, channels, held, held), generator=generator).byte()
+        labels = torch.randint(classes, (n,), generator=generator)
+        return Split(images.to(device), labels.to(device))
+    return Data("svhn", [f"class{k}" for k in range(classes)], split(train), split(test), side,
+                *(torch.tensor(m[:channels], device=device) for m in (mean, std)))
+
+
+@pytest.fixture
+def trial(monkeypatch, tmp_path):
+    """trial(data, network): what the runs of this test see instead of data sets and models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fit, "draw_run", lambda *run: None)
+
+    def given(data, network=None):
+        monkeypatch.setattr(fit, "load_data", lambda config, device: data)
+        if network:
+            monkeypatch.setattr(fit, "make_model", lambda *request: network())
+    return given
+
+
+def config_of(**fields):
+    """No recipe but the paper's, a checkpoint only where a run must have one."""
+    return make_config(**{"dataset": "svhn", "image_size": 4, "batch_size": 4, "device": "cpu",
+                          "save_every": 1e9, **fields})
+
+
+def build(data, **fields):
+    return fit.build_run(config_of(**fields), data, CPU)
+
+
+def numbers(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def watch(run):
+    """What the optimizer sees at each step, [(rate, gradient of all weights)], as it comes."""
+    seen = []
+    run.optimizer.register_step_pre_hook(lambda optimizer, *words: seen.append(
+        (optimizer.param_groups[0]["lr"],
+         torch.cat([p.grad.flatten() for p in run.net.parameters()]))))
+    return seen
+
+
+def record_steps(monkeypatch):
+    """Every call of train_step as it comes: [(images, labels, draws, what it returned)]."""
+    calls, true = [], fit.train_step
+
+    def recorded(run, images, labels, draws):
+        values = true(run, images, labels, draws)
+        calls.append((images.clone(), labels.clone(), draws.clone(), values))
+        return values
+    monkeypatch.setattr(fit, "train_step", recorded)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------
+# A step
+# ------------------------------------------------------------------------------------------------
+
+
+def softmax(s):
+    e = np.exp(s - s.max())
+    return e / e.sum()
+
+
+def loss_by_hand(kind, s, t, m):
+    """Loss of one sample and its slope by every score, from Secs. 3.2 and 5."""
+    loss, slope = 0., np.zeros(len(s))
+    if kind == "ce":
+        return -np.log(softmax(s)[t]), softmax(s) - np.eye(len(s))[t]
+    for k in range(len(s)):
+        if kind == "margin" and k == t:
+            gap = max(0, .9 - s[k])
+            loss, slope[k] = loss + gap ** 2, -2 * gap
+        elif kind == "margin":
+            gap = max(0, s[k] - .1)
+            loss, slope[k] = loss + .5 * gap ** 2, gap
+        elif k != t:
+            gap = max(0, m - (s[t] - s[k]))
+            loss += gap ** 2
+            slope[[k, t]] += 2 * gap, -2 * gap
+    return loss, slope
+
+
+def step_by_hand(weights, images, labels, data, kind, m):
+    """Mean loss of Toy, its gradient by (w, a), share of wrong answers."""
+    losses, gradient, wrong = [], np.zeros(6), []
+    for image, t in zip(images.double().numpy(), labels.tolist(), strict=True):
+        f = sum(MIX[c] * (image[c].mean() / 255 - float(data.mean[c])) / float(data.std[c])
+                for c in range(3))
+        s = weights[:3] * f + weights[3:]
+        loss, slope = loss_by_hand(kind, s, t, m)
+        losses.append(loss)
+        gradient += np.concatenate([slope * f, slope]) / len(images)
+        wrong.append(s.argmax() != t)
+    return np.mean(losses), gradient, np.mean(wrong)
+
+
+def adam(gradients):
+    """How far the last of these gradients moves the weights, a unit of rate.   [Kingma, Ba 2015]"""
+    t, m, v = len(gradients), 0, 0
+    for g in gradients:
+        m, v = .9 * m + .1 * g, .999 * v + .001 * g ** 2
+    return m / (1 - .9 ** t) / (np.sqrt(v / (1 - .999 ** t)) + 1e-8)
+
+
+def rmsprop(gradients):
+    """As torch.optim.RMSprop's documentation has it, with its default values."""
+    v = 0
+    for g in gradients:
+        v = .99 * v + .01 * g ** 2
+    return gradients[-1] / (np.sqrt(v) + 1e-8)
+
+
+def sgd(gradients):
+    """Momentum 0.9: b <- 0.9 b + g."""
+    return sum(.9 ** age * g for age, g in enumerate(reversed(gradients)))
+
+
+def one_cycle(progress):
+    """From 4 % up a line for a fifth of the run, down half a cosine to 0, never below 0.1 %."""
+    down = (1 + np.cos(np.pi * (progress - .2) / .8)) / 2
+    return np.interp(progress, [0, .2], [.04, 1]) if progress < .2 else max(.001, down)
+
+
+@pytest.mark.parametrize("optimizer, loss, schedule, clip", [
+    (adam, "margin", "steps", 0), (rmsprop, "spread", "one-cycle", 0), (sgd, "ce", "steps", .91),
+    (adam, "spread-fixed", "one-cycle", 2.5), (sgd, "margin", "one-cycle", 0)])
+def test_a_step_is_the_formula(optimizer, loss, schedule, clip, trial):
+    """Six steps: loss + lambda feedback, its gradient clipped, L2, the optimizer, the rate."""
+    data = toy_data()
+    trial(data, Toy)
+    run = build(data, optimizer=optimizer.__name__, loss=loss, schedule=schedule, clip=clip, lr=.02,
+                lam=.7, weight_decay=.3, epochs=3, milestones=(1, 2), gamma=.5)
+    weights, gradients, norms = WEIGHTS, [], []
+    for t in range(6):
+        run.epoch, run.step = divmod(t, 2)
+        part = slice(4 * run.step, 4 * run.step + 4)
+        images, labels = data.train.images[part], data.train.labels[part]
+        values = fit.train_step(run, images, labels, torch.rand(4, 7))
+        m = .9 if loss == "spread-fixed" else .2 + .7 * t / 6
+        expected, g, wrong = step_by_hand(weights, images, labels, data, loss, m)
+        g = g + .7 * PULL
+        norms.append(np.linalg.norm(g))
+        np.testing.assert_allclose(values, [expected, PULL @ weights, wrong, norms[-1],
+                                            clip > 0 and norms[-1] > clip], rtol=1e-4, atol=1e-5)
+        shrunk = g * min(1, clip / norms[-1]) if clip else g
+        gradients.append(shrunk + .3 * weights)
+        rate = .02 * (.5 ** run.epoch if schedule == "steps" else one_cycle(t / 6))
+        weights = weights - rate * optimizer(gradients)
+        np.testing.assert_allclose(numbers(run.net), weights, rtol=1e-4, atol=1e-5)
+    assert not clip or min(norms) < clip < max(norms), norms             # both kinds were seen
+
+
+@pytest.mark.parametrize("schedule", ["steps", "one-cycle"])
+def test_the_rate_of_every_step(schedule, trial):
+    data = toy_data(train=20)
+    trial(data, Toy)
+    run = build(data, schedule=schedule, lr=.5, gamma=.3, milestones=(2, 3, 7), epochs=10,
+                batch_size=2)
+    seen, part = watch(run), (data.train.images[:2], data.train.labels[:2], torch.rand(2, 7))
+    for run.epoch in range(10):
+        for run.step in range(10):
+            fit.train_step(run, *part)
+    falls = [1, 1, .3] + 4 * [.09] + 3 * [.027]
+    expected = [falls[t // 10] if schedule == "steps" else one_cycle(t / 100) for t in range(100)]
+    np.testing.assert_allclose([rate for rate, _ in seen], .5 * np.array(expected), rtol=1e-6)
+
+
+def test_clipping_scales_the_gradient_of_all_weights_together(trial):
+    data = toy_data()
+    trial(data, Toy)
+    seen, told = {}, {}
+    for clip in (0, 1, 1e6):
+        run = build(data, lam=1000, clip=clip)
+        steps = watch(run)
+        told[clip] = fit.train_step(run, data.train.images, data.train.labels, torch.rand(8, 7))
+        (_, seen[clip]), = steps
+    norm = seen[0].norm()
+    assert norm > 100 and seen[1].norm() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(seen[1], seen[0] / norm)
+    assert torch.equal(seen[1e6], seen[0])
+    for clip, flag in ((0, 0), (1, 1), (1e6, 0)):
+        assert told[clip][3:].tolist() == pytest.approx([norm.item(), flag])
+
+
+def test_without_clip_training_is_as_if_it_were_not_there(trial):
+    """Bit for bit a loop that has no such call."""
+    data = toy_data(side=8, held=8)
+    trial(data)
+    fields = dict(model="cnn-same", set={"width": .1}, image_size=8, optimizer="sgd", lr=.1)
+    run, other = build(data, **fields), build(data, **fields).net.train()
+    optimizer = torch.optim.SGD(other.parameters(), .1, momentum=.9, weight_decay=5e-4, fused=True)
+    for _ in range(3):
+        fit.train_step(run, data.train.images, data.train.labels, torch.rand(8, 7))
+        x = (data.train.images.float() / 255 - data.mean.view(3, 1, 1)) / data.std.view(3, 1, 1)
+        optimizer.zero_grad()
+        F.cross_entropy(other(x)[0], data.train.labels).backward()
+        optimizer.step()
+    assert torch.equal(numbers(run.net), numbers(other))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_precision_and_memory_format_reach_the_convolutions(amp, channels_last, trial):
+    """In training and in testing; weights and scores stay float32."""
+    data = toy_data(side=8, held=8)
+    trial(data)
+    run = build(data, model="cnn-same", set={"width": .1}, image_size=8, amp=amp,
+                channels_last=channels_last)
+    seen = []
+    for conv in (m for m in run.net.modules() if isinstance(m, nn.Conv2d)):
+        conv.register_forward_hook(lambda layer, given, out: seen.append((
+            out.dtype, given[0].is_contiguous(memory_format=torch.channels_last),
+            layer.weight.is_contiguous(memory_format=torch.channels_last))))
+    values = fit.train_step(run, data.train.images, data.train.labels, torch.rand(8, 7))
+    fit.evaluate(run)
+    assert len(seen) == 3 * 5                             # a step, and two batches of four to test
+    assert {dtype for dtype, *_ in seen} == {torch.bfloat16 if amp else torch.float32}
+    assert {tuple(formats) for _, *formats in seen} == {(channels_last, channels_last)}
+    assert values.dtype == numbers(run.net).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------
+# An epoch
+# ------------------------------------------------------------------------------------------------
+
+
+def test_an_epochs_line_and_log_are_the_means_of_its_steps(trial, monkeypatch, capsys):
+    """Eleven images in batches of four: two steps, and three images are left for another time."""
+    trial(toy_data(train=11), Toy)
+    steps = record_steps(monkeypatch)
+    fit.fit(config_of(epochs=2, lam=.7, clip=10, lr=.1, gamma=.5, output_dir="run"))
+    header, *entries = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert len(steps) == 4 and len(entries) == len(lines) == 2 and "config" in header
+    for epoch, (entry, line) in enumerate(zip(entries, lines, strict=True)):
+        loss, feedback, wrong, norm, clipped = np.mean(
+            [values.tolist() for *_, values in steps[2 * epoch:2 * epoch + 2]], 0)
+        told = {"epoch": epoch + 1, "lr": (.1, .0125)[epoch], "loss": loss, "feedback": feedback,
+                "gradient_norm": norm, "clipped_percent": 100 * clipped, "train_error": 100 * wrong}
+        assert {name: entry[name] for name in told} == pytest.approx(told)
+        assert entry["told_apart"] == []                                 # has no unit
+        assert re.sub(" +", " ", line).startswith(
+            f"epoch {epoch + 1}/2 loss {loss:.4f} feedback {feedback:.4f} gradient {norm:.2g}, "
+            f"{100 * clipped:.0f} % clipped error: train {100 * wrong:.2f} % test "
+            f"{entry['test_error']:.2f} %")
+    assert {values[4].item() for *_, values in steps} == {0, 1}          # both kinds were seen
+    assert any(values[2] != .5 for *_, values in steps)
+
+
+def one_epoch(seed, epoch, monkeypatch):
+    """Weights at the start, the images in their order and the draws of each image, of an epoch."""
+    data = toy_data(train=24)
+    data.train.images[:] = torch.arange(24).view(-1, 1, 1, 1)            # tells its number
+    with monkeypatch.context() as patch:
+        steps = record_steps(patch)
+        run = build(data, model="cnn-same", set={"width": .1}, seed=seed, epochs=9)
+        weights, run.epoch, run.saved = numbers(run.net), epoch, time.time()
+        fit.train_epoch(run, SimpleNamespace(show=lambda run: None))
+    order = torch.cat([images[:, 0, 0, 0] for images, *_ in steps]).long()
+    draws = torch.empty(24, 7)
+    draws[order] = torch.cat([draws for _, _, draws, _ in steps])
+    return weights, order, draws
+
+
+def test_weights_order_and_augmentation_follow_the_seed_and_the_epoch(monkeypatch):
+    places = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]            # (seed, epoch)
+    found = [one_epoch(*place, monkeypatch) for place in places]
+    for a, b in zip(found[2], one_epoch(1, 0, monkeypatch), strict=True):
+        assert torch.equal(a, b)                                         # the same again
+    for j, k in itertools.combinations(range(len(places)), 2):
+        same = [torch.equal(a, b) for a, b in zip(found[j], found[k], strict=True)]
+        assert same == [places[j][0] == places[k][0], False, False], (places[j], places[k])
+    for _, order, draws in found:
+        assert sorted(order.tolist()) == list(range(24)) and order.tolist() != list(range(24))
+        assert 0 <= draws.min() < draws.max() < 1 and len(draws.unique()) == draws.numel()
+
+
+def test_the_random_state_goes_on_where_a_run_was_cut_off(trial, monkeypatch):
+    trial(toy_data(), NoisyToy)
+    plan = config_of(epochs=3, lr=.1, save_every=0, output_dir="whole")
+    whole, true, count = fit.fit(plan), fit.train_step, iter(range(9))
+
+    def cut_off(*given):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return true(*given)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit, "train_step", cut_off)
+        fit.fit(dataclasses.replace(plan, output_dir="cut"))
+    torch.manual_seed(99)
+    cut = fit.fit(dataclasses.replace(plan, output_dir="cut", resume="cut"))
+    assert cut["curves"] == whole["curves"]
+    weights = [torch.load(f"{folder}/last.pt")["net"] for folder in ("whole", "cut")]
+    for name in ("w", "a"):
+        assert torch.equal(weights[0][name], weights[1][name])
+
+
+# ------------------------------------------------------------------------------------------------
+# An evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def scores_by_hand(net, image, mean, std):
+    """Of one image (C, H, W) in [0, 255]: probabilities, or lengths as they are."""
+    x = np.array([(channel / 255 - m) / s
+                  for channel, m, s in zip(image.double().numpy(), mean.tolist(), std.tolist(),
+                                           strict=True)])
+    s = net.weight.detach().double().numpy() @ x.ravel()
+    return softmax(s) if net.logits else 1 / (1 + np.exp(-s))
+
+
+def errors_by_hand(net, split, data, crops):
+    """Image by image, view by view: an image is right where no, or few, classes score more."""
+    beaten = []
+    for image, label in zip(split.images, split.labels.tolist(), strict=True):
+        total = sum(scores_by_hand(net, crop, data.mean, data.std) for crop in crops(image))
+        beaten.append((total > total[label]).sum())
+    return {"error": 100 * np.mean(np.array(beaten) >= 1), "images": len(beaten),
+            "top5_error": 100 * np.mean(np.array(beaten) >= 5)}
+
+
+CROPS = {(False, "cifar10"): lambda image: [T.center_crop(image, [4, 4])],
+         (False, "svhn"): lambda image: [T.center_crop(image, [4, 4])],
+         (True, "cifar10"): lambda image: T.ten_crop(image, [4, 4]),
+         (True, "svhn"): lambda image: T.five_crop(image, [4, 4])}
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_an_evaluation_is_a_count_by_hand(logits, trial):
+    """149 test images in batches of 64; mirrored views where a mirror image is as good."""
+    data, net = toy_data(train=150, test=149, held=6, classes=10), Reader(logits)
+    trial(data, lambda: net)
+    expected = {case: errors_by_hand(net, data.test, data, crops) for case, crops in CROPS.items()}
+    for (multi_crop, dataset), errors in expected.items():
+        run = build(data, dataset=dataset, batch_size=64)
+        assert fit.evaluate(run, multi_crop) == pytest.approx(errors), (multi_crop, dataset)
+    different = [tuple(errors.values()) for (_, dataset), errors in expected.items()
+                 if dataset == "svhn"] + [tuple(expected[True, "cifar10"].values())]
+    assert len(set(different)) == 3                       # or these images could not tell
+    assert 0 < different[0][2] < different[0][0] < 100
+
+
+def test_softmaxed_probabilities_are_averaged_not_logits(trial):
+    """Two views: one sure of class 0 by 9, the other of class 1 by 5, and a third, twice, of 1."""
+    scores = {0: [9., 0., 0.], 1: [0., 3., 0.]}
+
+    class Views(nn.Module):
+        logits = True
+
+        def forward(self, x):                             # told by the first pixel: 0 the centre
+            rows = [scores[0] if v < .5 else scores[1] for v in x[:, 0, 0, 0].tolist()]
+            return torch.tensor(rows), x.new_zeros(())
+    image = torch.full((1, 3, 6, 6), 255, dtype=torch.uint8)
+    image[:, :, 1, 1] = 0                                 # first pixel of the centre view alone
+    label = torch.tensor([1])
+    data = Data("views", ["a", "b", "c"], Split(image, label), Split(image, label), 4,
+                torch.zeros(3), torch.ones(3))
+    run = fit.Run(config_of(), data, CPU, Views(), None, None, {})
+    assert fit.evaluate(run, False)["error"] == 100
+    assert fit.evaluate(run, True)["error"] == 0          # 4 x .91 of class 1; logits: 9 < 12
+
+
+@pytest.mark.parametrize("augment, multi_crop", [("none", False), ("+", True), ("++", True)])
+def test_a_result_is_the_last_epochs_test_with_many_crops_where_training_had_them(
+        augment, multi_crop, trial):
+    data = toy_data(train=12, test=90, held=6, classes=10)
+    trial(data, lambda: Reader(True))
+    result = fit.fit(config_of(dataset="cifar10", augment=augment, epochs=2, lr=.01,
+                               output_dir="run"))
+    net = Reader(True)
+    net.load_state_dict(torch.load("run/last.pt")["net"])
+    assert not torch.equal(net.weight, Reader(True).weight)
+    one, ten = (errors_by_hand(net, data.test, data, CROPS[many, "cifar10"])
+                for many in (False, True))
+    assert one != ten
+    told = {name: result[name] for name in ("error", "top5_error", "images")}
+    assert told == pytest.approx(ten if multi_crop else one)
+    assert result["multi_crop"] is multi_crop
+    last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    assert (last["test_error"], last["test_top5_error"]) == pytest.approx(
+        (one["error"], one["top5_error"]))
+    for file in ("run/result.json", "runs/results.jsonl"):
+        assert json.loads(Path(file).read_text()) == json.loads(json.dumps(result))
+
+
+@pytest.mark.parametrize("train_error, outcome", [(85.4, "ok"), (85.6, "at chance")])
+def test_the_best_epoch_is_no_result(train_error, outcome, trial):
+    """Of ten classes 90 % are wrong at chance; nearly that, 95 % of it, is called so."""
+    data = toy_data(test=90, classes=10)
+    trial(data, lambda: Reader(False))
+    run = build(data, epochs=4)
+    run.folder = Path()
+    run.history = [{"epoch": k + 1, "test_error": error, "train_error": 1., "loss": k,
+                    "feedback": -k} for k, error in enumerate((50., 10., 30., 20.))]
+    run.history[-1]["train_error"] = train_error
+    result = fit.finish(run)
+    told = errors_by_hand(run.net, data.test, data, CROPS[False, "svhn"])
+    assert result["error"] == pytest.approx(told["error"]) and told["error"] > 50
+    assert result["best_by_test_error"] == {"epoch": 2, "test_error": 10}
+    assert (result["loss"], result["feedback"], result["train_error"]) == (3, -3, train_error)
+    assert result["outcome"] == outcome and result["epochs"] == 4
+    assert result["curves"]["test_error"] == [50, 10, 30, 20]
+    assert result["parameters"] == run.net.weight.numel()
+
+
+# ------------------------------------------------------------------------------------------------
+# A trained network in use
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels, logits", [(1, True), (3, False)])
+def test_predict_names_the_likeliest_class_first(channels, logits, trial, capsys):
+    """Image normalised as in training, made grey for a network of one channel."""
+    data, net = toy_data(channels=channels, classes=10), Reader(logits, channels)
+    trial(data, lambda: net)
+    fit.fit(config_of(epochs=0, output_dir="run"))
+    capsys.readouterr()
+    image = torch.randint(256, (3, 4, 4), dtype=torch.uint8)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save("x.png")
+    fit.predict(["x.png"], {"resume": "run"})
+    first, *named = re.findall(r"(class\d)(?: (\d\.\d+))?", capsys.readouterr().out)
+    x = image if channels == 3 else T.rgb_to_grayscale(image.double())
+    scores = scores_by_hand(net, x, data.mean, data.std)
+    order = (-scores).argsort()
+    assert [name for name, _ in named] == [f"class{k}" for k in order] and first[0] == named[0][0]
+    np.testing.assert_allclose([float(s) for _, s in named], scores[order], atol=6e-4)
+
+
+@pytest.mark.parametrize("augment", ["none", "+"])
+def test_test_only_normalises_as_training_did(augment, trial, capsys):
+    """Other images with other moments: the network's own moments hold."""
+    data, net = toy_data(held=6, classes=10), Reader(True)
+    trial(data, lambda: net)
+    fit.fit(config_of(epochs=0, augment=augment, output_dir="run"))
+    other = toy_data(test=150, held=6, classes=10, mean=(.9, .2, .1), std=(.2, .9, .3))
+    trial(other, lambda: net)
+    capsys.readouterr()
+    fit.test_only({"resume": "run"})
+    crops = CROPS[augment != "none", "svhn"]
+    ours, theirs = (errors_by_hand(net, other.test, moments, crops) for moments in (data, other))
+    assert ours["error"] != theirs["error"]
+    assert f"test error {ours['error']:.2f} %, top-5 {ours['top5_error']:.2f} %, 150 images" \
+        in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run is asked to be
+# ------------------------------------------------------------------------------------------------
+
+
+def loaded(pictures, **fields):
+    return load_data(make_config(dataset="folder", data_path=str(pictures), **fields), CPU)
+
+
+def rows(images):
+    return [image.numpy().tobytes() for image in images]
+
+
+def test_resample_draws_other_training_images_a_seed_and_never_other_test_images(pictures):
+    def kept(seed, **fields):
+        data = loaded(pictures, train_images=12, test_images=6, seed=seed, **fields)
+        assert len(data.train) == 12 and len(data.test) == 6
+        return rows(data.train.images), rows(data.test.images)
+    fixed, test = kept(0)
+    assert kept(1) == (fixed, test)
+    first, second, again = (kept(seed, resample=True) for seed in (1, 2, 1))
+    assert first == again and set(first[0]) != set(second[0]) and set(first[0]) != set(fixed)
+    assert first[1] == second[1] == test
+
+
+def test_hold_out_tests_on_every_tenth_training_image(pictures):
+    whole = loaded(pictures)
+    seen, held = (rows(split.images) for split in (whole.train, whole.test))
+    part = loaded(pictures, hold_out=True)
+    assert rows(part.test.images) == seen[9::10]
+    assert rows(part.train.images) == [row for k, row in enumerate(seen) if k % 10 != 9]
+    assert not set(rows(part.test.images)) & set(rows(part.train.images))
+    assert not set(held) & set(rows(part.train.images) + rows(part.test.images))
+    for split in (part.train, part.test):                 # labels go with their images
+        number = [seen.index(row) for row in rows(split.images)]
+        assert torch.equal(split.labels, whole.train.labels[number])
+    x = part.train.images.double() / 255
+    torch.testing.assert_close(part.mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_published_results_keep_their_keys():
+    """A flag that came later has a value at which an older run is still that run."""
+    lines = map(json.loads, (HERE.parent / "results/published.jsonl").read_text().splitlines())
+    known = [(line["key"], Config(**line["config"])) for line in lines if "key" in line]
+    assert len(known) > 50
+    for key, config in known:
+        assert config_key(config) == key, config
+        assert config_key(dataclasses.replace(config, seed=7, device="cuda", amp=True)) == key
+    for change in (dict(clip=.5), dict(resample=True), dict(hold_out=True), dict(epochs=99)):
+        assert config_key(dataclasses.replace(config, **change)) != key
+
+
+def test_what_is_given_goes_before_fast_before_the_data_sets_before_the_papers():
+    fields = dict(dataset="imagenet", set={"types": 4})
+    paper, fast = make_config(**fields), make_config(**fields, recipe="fast")
+    assert (paper.lr, paper.batch_size, paper.clip) == (1e-4, 256, 0)    # the paper's, imagenet's
+    assert fast.batch_size > 256 and fast.lr > 1e-4 and fast.clip == 1
+    given = make_config(**fields, recipe="fast", lr=.5, batch_size=8, clip=0.)
+    assert (given.lr, given.batch_size, given.clip, given.epochs) == (.5, 8, 0, fast.epochs)
+    assert fast.set == {"types": 4, "stem_stride": 4}     # what is big is made smaller at once
+    assert make_config(dataset="imagenet", set={"stem_stride": 2}).set == {"stem_stride": 2}
+    assert make_config(dataset="cifar10").set == {}
+
+
+# ------------------------------------------------------------------------------------------------
+# Feedback units that have stopped to look
+# ------------------------------------------------------------------------------------------------
+
+
+def test_told_apart_of_known_features():
+    unit = encapnet.FeedbackUnit(4, 4, types=1, stride=1, extractor=False)
+    for n in (2, 5, 16):
+        apart = torch.eye(16)[:n].view(n, 4, 2, 2) * torch.rand(n, 1, 1, 1).add(.1)
+        assert unit.told_apart(apart).item() == pytest.approx(1 - 1 / n)
+        assert unit.told_apart(torch.rand(1, 4, 2, 2).expand(n, -1, -1, -1)).item() == \
+            pytest.approx(0, abs=1e-6)
+        assert unit.told_apart(torch.zeros(n, 4, 2, 2)).item() == 0
+    two = torch.eye(16)[[0, 0, 0, 1]].view(4, 4, 2, 2)    # three alike: 1 - (9 + 1) / 16
+    assert unit.told_apart(two).item() == pytest.approx(6 / 16)
+
+
+def test_told_apart_is_logged_of_every_unit_once_an_epoch(trial):
+    """On at most 200 test images, without their margin, normalised, in eval mode."""
+    data = toy_data(train=32, test=210, side=16, held=18)
+    trial(data)
+    config = config_of(model="encapnet-small", set={"types": 2, "dims": (2, 2, 4, 4)}, epochs=2,
+                       image_size=16, augment="+", lr=.01, batch_size=32, output_dir="run")
+    fit.fit(config)
+    entries = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()[1:]]
+    net = fit.make_model(config, 3, 3).eval()
+    net.load_state_dict(torch.load("run/last.pt")["net"])
+    seen = []
+    for block in net.blocks:                              # a unit of one module reads its input
+        block.register_forward_pre_hook(lambda block, given: seen.append(given[0]))
+    x = (T.center_crop(data.test.images[:200], [16, 16]).double() / 255).float()
+    net((x - data.mean.view(3, 1, 1)) / data.std.view(3, 1, 1))
+    expected = []
+    for unit, low in zip(net.units, seen, strict=True):
+        z = unit.extract(low).detach().double().numpy()
+        z = np.array([row / np.linalg.norm(row) for row in z if row.any()])
+        n = len(low)
+        expected.append(1 - np.square(z.sum(0) / n).sum() / (len(z) / n) if len(z) else 0)
+    assert len(entries) == 2 and [len(e["told_apart"]) for e in entries] == [3, 3]
+    np.testing.assert_allclose(entries[-1]["told_apart"], expected, atol=1e-4)
+    assert any(.01 < share < .99 for share in expected), expected
+
+
+# ------------------------------------------------------------------------------------------------
+# The path of a GPU, without one
+# ------------------------------------------------------------------------------------------------
+
+SHALLOW = dict(types=2, depths=(1, 1, 1, 1))
+NARROW = {"encapnet": SHALLOW, "encapnet-v2": SHALLOW, "encapnet-v3": SHALLOW,
+          "encapnet-small": dict(types=2), "encapnet6": dict(types=4),
+          "encapnet6-master": dict(types=4), "capnet-dynamic": dict(types=4),
+          "capnet-em": dict(types=2), "cnn-same": dict(width=.25), "cnn-similar": dict(width=.5),
+          "resnet18": dict(width=.125)}
+
+
+def test_every_model_is_tried():
+    assert list(NARROW) == list(encapnet.MODELS)
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Tensors without values: one left on the CPU, or a value asked for, raises.  No autocast."""
+    true = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda kind, *words, **options: contextlib.nullcontext()
+                        if kind == "meta" else true(kind, *words, **options))
+
+    def build(model, **fields):
+        config = make_config(**{"dataset": "cifar10", "model": model, "set": NARROW[model],
+                                "batch_size": 4, "clip": 1., "save_every": 1e9, **fields})
+        side = config.image_size
+        data = toy_data(8, 4, side=side, device=META, classes=10,
+                        held=side if config.augment == "none" else enlarged(side))
+        return fit.build_run(config, data, META)
+    return build
+
+
+def step_on_meta(run):
+    images, labels, _ = next(run.data.train.batches([torch.arange(4, device=META)], META))
+    values = fit.train_step(run, images, labels, torch.rand(4, 7, device=META))
+    assert images.device == labels.device == values.device == META
+
+
+@pytest.mark.parametrize("model", encapnet.MODELS)
+def test_no_step_and_no_test_touches_the_host(model, on_meta):
+    """Loss, divergence, backward, clipping, optimizer, with ++; then five crops of a test batch."""
+    run = on_meta(model, dataset="svhn", augment="++", flip=True)
+    step_on_meta(run)
+    moments = [t for s in run.optimizer.state.values() for t in s.values() if t.dim()]
+    assert moments and {t.device for t in moments} == {META}
+    hits = fit.count_hits(run, multi_crop=True)
+    assert hits.device == META and hits.shape == (3,)
+
+
+@pytest.mark.parametrize("words", [{}, {"flip": True}, {"augment": "+"},
+                                   {"augment": "+", "flip": True}, {"loss": "ce"}])
+def test_no_augmentation_touches_the_host(words, on_meta):
+    run = on_meta("cnn-same", optimizer="rmsprop", schedule="one-cycle", **words)
+    step_on_meta(run)
+    fit.count_hits(run, multi_crop=True)                  # mirrored too
+
+
+def test_an_epoch_looks_at_values_only_where_it_checks_them(on_meta, monkeypatch):
+    run, checked = on_meta("encapnet-small", augment="++"), []
+    monkeypatch.setattr(fit, "check_finite", lambda run, bad: checked.append((run.step, bad)))
+    run.saved = time.time()
+    fit.train_epoch(run, SimpleNamespace(show=lambda run: None))
+    (step, bad), = checked
+    assert step == run.step == 2 and run.totals.device == bad.device == META
+
+
+@pytest.mark.filterwarnings("ignore:.*which is a no-op")
+def test_a_checkpoint_goes_to_the_device_of_the_run(on_meta, trial):
+    """Saved on one device, restored on another: weights, moments, totals."""
+    fields = dict(model="cnn-same", set=NARROW["cnn-same"], image_size=32, dataset="cifar10")
+    data = toy_data(side=32, held=32, classes=10)
+    data.name = "cifar10"
+    trial(data)
+    plan = config_of(**fields, epochs=1, output_dir="run")
+    fit.fit(plan)
+    state = torch.load("run/last.pt")
+    run = on_meta("cnn-same", clip=0., epochs=1, resume="run", lam=plan.lam)
+    run.folder = Path("run")
+    fit.restore(run, state)
+    found = [run.totals, *run.net.state_dict().values(),
+             *(t for s in run.optimizer.state.values() for t in s.values() if t.dim())]
+    assert len(found) > 20 and {t.device for t in found} == {META}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return draw_digits(16)[:2]
+
+
+@pytest.mark.parametrize("model", encapnet.MODELS)
+def test_a_step_in_bfloat16_is_near_the_one_in_float32(model, digits, trial):
+    images, labels = digits
+    split, moments = Split(images, labels), torch.full((3,), .5)
+    data = Data("digits", [str(k) for k in range(10)], split, split, 32, moments, moments / 2)
+    trial(data)
+    more = {"stem_stride": 1} if model.startswith("encapnet-v") else {}
+    found = []
+    for amp in (False, True):
+        run = build(data, model=model, set={**NARROW[model], **more}, image_size=32, amp=amp,
+                    optimizer="sgd", weight_decay=0., lam=.1)
+        seen = watch(run)
+        values = fit.train_step(run, images, labels, torch.rand(16, 7))
+        found.append((values, seen[0][1]))
+    (values, gradient), (half, half_gradient) = found
+    assert half.isfinite().all() and half_gradient.isfinite().all()
+    assert not torch.equal(gradient, half_gradient)
+    torch.testing.assert_close(half[:2], values[:2], rtol=.05, atol=.02)
+    assert F.cosine_similarity(gradient, half_gradient, dim=0) > .7, model
+    assert .7 < half_gradient.norm() / gradient.norm() < 1.4
