@@ -304,7 +304,8 @@ def agreement(net, x, labels, bins=20):
     u, v = seen[0][0], seen[0][1] if isinstance(seen[0][1], Tensor) else seen[0][1][0]
     b = torch.arange(len(x), device=x.device)
     votes = net.routed[-1].votes(u)[b, :, labels]                        # (B, i, d)
-    cosine = F.cosine_similarity(votes, v[b, labels].unsqueeze(1), dim=-1)            # (B, i)
+    cosine = F.cosine_similarity(                         # a fresh v is shorter than 1e-8
+        votes, v[b, labels].unsqueeze(1), dim=-1, eps=1e-30)             # (B, i)
     place = ((cosine + 1) / 2 * bins).long().clamp(0, bins - 1).flatten().cpu()
     count = torch.bincount(place, minlength=bins).double()
     length = torch.bincount(place, votes.norm(dim=-1).flatten().double().cpu(), minlength=bins)

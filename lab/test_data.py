@@ -1,22 +1,50 @@
-"""Data sets in their makers' formats, whole and damaged; augmentation against torchvision's."""
+"""Data sets are what was written, by every reader; augmentation against torchvision's."""
 import gzip
 import pickle
 import re
 import shutil
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision.datasets as tv
+import torchvision.models
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
 from conftest import FOLDER, NARROW, assert_one_line
+from lab import data, digits, fit
 from lab.config import make_config
-from lab.data import augmented, load_data, read_data, shuffle, views
+from lab.data import (
+    Split,
+    annotated_boxes,
+    augmented,
+    channel_moments,
+    decode,
+    enlarged,
+    hard_classes,
+    load_data,
+    normalised,
+    read_data,
+    shuffle,
+    views,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch):
+    """No data set of another test is remembered; no picture of a run is drawn."""
+    read_data.cache_clear()
+    monkeypatch.setattr(fit, "draw_run", lambda *run: None)
+
+
+def load(**fields):
+    return load_data(make_config(**fields), CPU)
 
 # ------------------------------------------------------------------------------------------------
 # Data sets in their own formats, whole and damaged
@@ -97,25 +125,268 @@ def on_disk(request, tmp_path, monkeypatch, no_network):
     return name, truth
 
 
-def load(**fields):
-    return load_data(make_config(**fields), torch.device("cpu"))
+def seen(pixels):
+    """Images as written, (n, H, W) or (n, H, W, 3), as the model's size has them: (n, C, H, W)."""
+    if pixels.ndim == 4:
+        return torch.tensor(pixels).permute(0, 3, 1, 2)
+    return torch.tensor(np.pad(pixels, ((0, 0), (2, 2), (2, 2))))[:, None]
 
 
 def test_a_data_set_is_read_as_written(on_disk, cli):
+    """28 pixels get a border of 2 of black on every side, colours keep their order."""
     name, truth = on_disk
-    data = load(dataset=name, data_path="own")
-    assert len(data.classes) == (100 if name == "cifar100" else 10)
-    for split, part in (("train", data.train), ("test", data.test)):
-        images = torch.tensor(truth[split][0])
-        images = F.pad(images[:, None], [2] * 4) if images.dim() == 3 \
-            else images.permute(0, 3, 1, 2)
-        assert torch.equal(part.images, images)
+    found = load(dataset=name, data_path="own")
+    assert len(found.classes) == (100 if name == "cifar100" else 10)
+    if "cifar" in name:
+        assert found.classes[:3] == ["class 0", "class 1", "class 2"]
+    for split, part in (("train", found.train), ("test", found.test)):
+        assert torch.equal(part.images, seen(truth[split][0]))
         assert part.labels.tolist() == truth[split][1].tolist()
-    x = data.train.images.double().div(255).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(data.mean, x.mean(1).float())
-    torch.testing.assert_close(data.std, x.std(1, correction=0).float(), rtol=1e-3, atol=1e-4)
-    done = cli(f"--dataset {name} --data-path own --epochs 1", NARROW, "--batch-size 8")
-    assert done.code == 0 and f"{name}: 24 + 9 images" in done.out, done
+    if name in ("mnist", "cifar100"):                     # one channel, and 100 classes
+        done = cli(f"--dataset {name} --data-path own --epochs 1", NARROW, "--batch-size 8")
+        assert done.code == 0 and f"{name}: 24 + 9 images" in done.out, done
+
+
+@pytest.mark.parametrize("on_disk", ["mnist", "svhn"], indirect=True)
+@pytest.mark.parametrize("side, augment, stages", [
+    (16, "none", [16]),                                   # 28 or 32 to 16
+    (32, "+", [32, 34])])                                 # to be cropped: 28 by a border first
+def test_another_side_is_resized_with_antialiasing(on_disk, side, augment, stages, cli):
+    name, truth = on_disk
+    found = load(dataset=name, data_path="own", image_size=side, augment=augment)
+    assert found.side == side
+    for image, pixels in zip(found.train.images, truth["train"][0], strict=True):
+        for stage in stages:
+            pixels = np.pad(pixels, 2) if (len(pixels), stage) == (28, 32) else np.asarray(
+                Image.fromarray(pixels).resize((stage, stage), Image.Resampling.BILINEAR))
+        expected = torch.tensor(pixels)
+        expected = expected[None] if expected.dim() == 2 else expected.permute(2, 0, 1)
+        assert (image.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_crop_is_cut_from_the_papers_sizes():
+    """34 of 32, 156 of 128, 256 of 224, and in the first ratio otherwise.   [App. C]"""
+    assert [enlarged(side) for side in (32, 128, 224, 64)] == [34, 156, 256, 68]
+
+
+# Channel moments: of every training image that is held, of about 2,000 of a big set
+
+
+def moments_of(images):
+    x = np.asarray(images, float) / 255                   # (n, C, H, W)
+    return x.mean((0, 2, 3)), x.std((0, 2, 3))
+
+
+@pytest.mark.parametrize("odd", [slice(2050, None), slice(1, None, 2), slice(0, 40)])
+def test_channel_moments_are_of_all_training_images_that_are_held(odd):
+    images = torch.randint(0, 60, (2100, 2, 3, 3), dtype=torch.uint8)
+    images[odd, 0] += 180                                 # some are unlike the others
+    mean, std = channel_moments(Split(images, torch.zeros(2100)), CPU)
+    expected = moments_of(images)
+    np.testing.assert_allclose(mean, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(std, expected[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("n, step", [(2000, 1), (2001, 2), (4100, 3)])
+def test_channel_moments_of_a_big_set_are_of_images_spread_over_it(n, step):
+    images = torch.randint(0, 256, (n, 3, 1, 1), dtype=torch.uint8)
+    files = [(image, k) for k, image in enumerate(images)]
+    mean, std = channel_moments(Split(files, torch.zeros(n)), CPU)
+    expected = moments_of(images[::step])
+    np.testing.assert_allclose(mean, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(std, expected[1], rtol=1e-4)
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1_in_each_channel():
+    images = torch.randint(0, 256, (50, 3, 4, 4)) // torch.tensor([1, 2, 5]).view(3, 1, 1)
+    images[:, 2] = 77                                     # a channel that never changes
+    mean, std = channel_moments(Split(images.byte(), torch.zeros(50)), CPU)
+    x = normalised(images / 255, SimpleNamespace(mean=mean, std=std)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(x.mean(1), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std(1, correction=0), torch.tensor([1., 1, 0]), atol=1e-3, rtol=0)
+    assert std[2] == pytest.approx(1e-3)
+
+
+# Which images: --train-images, --test-images, --resample, --hold-out
+
+
+def sorted_by_class(root, dataset, n=12, classes=10):
+    """A data set whose first images are all of its first class, image k full of number k."""
+    if dataset == "mnist":
+        truth = {split: (np.arange(n * classes, dtype=np.uint8)[:, None, None].repeat(28, 1)
+                         .repeat(28, 2), np.arange(n * classes) // n) for split in COUNTS}
+        return write_idx(root, "MNIST", truth)
+    write_tree(root, {split: {f"c{c}": [np.full((34, 34, 3), n * c + k, np.uint8)
+                                        for k in range(n)] for c in range(classes)}
+                      for split in ("train", "val")})
+    return root
+
+
+SORTED = ("mnist", "folder", "h-imagenet")
+
+
+@pytest.mark.parametrize("dataset", SORTED)
+def test_some_images_are_of_all_classes_and_always_the_same(dataset, tmp_path):
+    sorted_by_class(tmp_path, dataset)
+    (tmp_path / "list.txt").write_text("".join(f"c{c}\n" for c in range(10)))
+    some = dict(dataset=dataset, data_path=str(tmp_path), image_size=32, train_images=40,
+                test_images=50, class_list=str(tmp_path / "list.txt"))
+
+    def numbers(**fields):
+        found = load(**some, **fields)
+        kept = [part.images[:, 0, 16, 16].tolist() for part in (found.train, found.test)]
+        for part, numbers in zip((found.train, found.test), kept, strict=True):
+            assert part.labels.tolist() == [k // 12 for k in numbers]      # labels stay with images
+            assert len(part.labels.unique()) >= 9                          # of 10 classes
+        return kept
+    train, test = numbers()
+    assert len(set(train)) == 40 and len(set(test)) == 50
+    assert numbers(seed=3) == [train, test]
+    others = [numbers(seed=seed, resample=True) for seed in (3, 4)]
+    assert others[0][0] != train != others[1][0] != others[0][0]
+    assert others[0][1] == others[1][1] == test                            # a test stays a test
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("dataset", ["mnist", "folder"])
+def test_hold_out_tests_every_tenth_training_image(dataset, held, tmp_path, monkeypatch):
+    """Choosing on them, nobody sees the test images, nor is one trained on that is tested."""
+    sorted_by_class(tmp_path, dataset)
+    monkeypatch.setattr(data, "HELD_BYTES", data.HELD_BYTES if held else 0)
+    found = load(dataset=dataset, data_path=str(tmp_path), image_size=32, hold_out=True)
+    for part, numbers in ((found.train, [k for k in range(120) if k % 10 != 9]),
+                          (found.test, range(9, 120, 10))):
+        images, labels, _ = next(part.batches([torch.arange(len(part))], CPU))
+        assert images[:, 0, 16, 16].tolist() == list(numbers)
+        assert labels.tolist() == [k // 12 for k in numbers]
+
+
+def test_digits_are_drawn_for_their_split_and_seed(monkeypatch):
+    for split, name in (("train", "DejaVuSans"), ("test", "cmss10")):      # one: drawn sooner
+        monkeypatch.setitem(digits.TYPEFACES, split, [name])
+    def draw(**fields):
+        found = load(train_images=30, test_images=20, model="encapnet-small", **fields)
+        assert len(found.train) == 30 and len(found.test) == 20
+        assert found.classes == list("0123456789")
+        return found.train.images, found.test.images
+    train, test = draw()
+    assert [torch.equal(a, b) for a, b in zip(draw(seed=1), (train, test), strict=True)] == [1, 1]
+    read_data.cache_clear()
+    new = draw(seed=1, resample=True)
+    assert not torch.equal(new[0], train) and torch.equal(new[1], test)
+    monkeypatch.setitem(digits.TYPEFACES, "test", ["cmr10"])
+    read_data.cache_clear()
+    new = draw()
+    assert torch.equal(new[0], train) and not torch.equal(new[1], test)
+
+
+# Folders: held in memory, or read by worker processes
+
+
+def write_tree(root, splits):
+    """{split: {class: [pixels (H, W, 3), ...]}} -> root/SPLIT/CLASS/*.png, last names first."""
+    for split, classes in splits.items():
+        for name, images in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k, pixels in reversed(list(enumerate(images))):
+                Image.fromarray(pixels).save(folder / f"{k:03}.png", compress_level=1)
+
+
+def random_tree(root, test="test", side=34):
+    """Images that differ in each channel; classes made in another order than their names'.
+
+    -> {"train": (pixels (n, 3, H, W), labels (n,)), "test": the same}, classes and files by name
+    """
+    random, truth, splits = np.random.default_rng(1), {}, {}
+    for split, counts in (("train", {"wasp": 5, "ant": 3, "bee": 9}),
+                          (test, {"bee": 4, "wasp": 2, "ant": 6})):
+        splits[split] = {name: list(random.integers(0, 256, (n, side, side, 3), dtype=np.uint8))
+                         for name, n in counts.items()}
+        pixels = np.concatenate([splits[split][name] for name in ("ant", "bee", "wasp")])
+        labels = [c for c, name in enumerate(("ant", "bee", "wasp")) for _ in range(counts[name])]
+        truth["train" if split == "train" else "test"] = (
+            torch.tensor(pixels).permute(0, 3, 1, 2), torch.tensor(labels))
+    write_tree(root, splits)
+    return truth
+
+
+@pytest.fixture(params=["held", "by workers"])
+def workers(request, monkeypatch):
+    """Every folder is held in memory, or read by two processes whenever a batch is wanted."""
+    if request.param == "by workers":
+        monkeypatch.setattr(data, "HELD_BYTES", 0)
+    return 2
+
+
+@pytest.mark.parametrize("dataset, test, augment", [
+    ("folder", "test", "+"), ("folder", "val", "+"), ("imagenet", "val", "none")])
+def test_a_folder_is_read_as_written_by_every_reader(dataset, test, augment, workers, tmp_path):
+    """Colours, labels in the order of names, split, position; whatever the order asked for."""
+    truth = random_tree(tmp_path, test)
+    found = load(dataset=dataset, data_path=str(tmp_path), image_size=32, augment=augment,
+                 model="encapnet-small")
+    assert found.classes == ["ant", "bee", "wasp"]
+    for part, (images, labels) in ((found.train, truth["train"]), (found.test, truth["test"])):
+        order = torch.randperm(len(images))
+        batches = list(part.batches(order.split(3), CPU, workers))
+        assert [len(index) for _, _, index in batches] == [len(c) for c in order.split(3)]
+        for batch, its_labels, index in batches:
+            assert torch.equal(batch, images[index]) and torch.equal(its_labels, labels[index])
+        assert torch.equal(torch.cat([index for *_, index in batches]), order)
+    expected = moments_of(truth["train"][0])
+    np.testing.assert_allclose(found.mean, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found.std, expected[1], rtol=1e-4)
+
+
+def test_an_epoch_shows_each_image_once_with_its_own_label_and_draws(workers, tmp_path,
+                                                                     monkeypatch):
+    truth, shown = random_tree(tmp_path)["train"], []
+    step = fit.train_step
+    monkeypatch.setattr(fit, "train_step", lambda run, images, labels, draws: shown.append(
+        (images, labels, draws)) or step(run, images, labels, draws))
+    monkeypatch.chdir(tmp_path)
+    fit.fit(make_config(dataset="folder", data_path=".", model="cnn-same", set={"width": 1 / 32},
+                        augment="++", batch_size=8, epochs=2, seed=5, workers=workers))
+    for epoch, batches in enumerate((shown[:2], shown[2:])):               # 16 of 17 images
+        images, labels, draws = map(torch.cat, zip(*batches, strict=True))
+        number = [int((truth[0] == image).flatten(1).all(1).nonzero()) for image in images]
+        order, numbers = shuffle(17, 5, epoch)
+        assert number == order[:16].tolist() and len(shown) == 4
+        assert torch.equal(labels, truth[1][number]) and torch.equal(draws, numbers[number])
+
+
+@pytest.mark.parametrize("dataset", ["folder", "h-imagenet"])
+def test_labels_stay_with_their_images_where_unreadable_ones_are_skipped(dataset, workers,
+                                                                         tmp_path):
+    truth = random_tree(tmp_path)
+    for name in ("ant/001", "bee/000", "bee/008"):
+        (tmp_path / f"train/{name}.png").write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text("ant bee wasp")
+    readable = torch.tensor([k for k in range(17) if k not in (1, 3, 11)])
+    for _ in range(2):                                    # h-imagenet: from its cache
+        read_data.cache_clear()
+        found = load(dataset=dataset, data_path=str(tmp_path), unreadable="skip", augment="+",
+                     image_size=32, class_list=str(tmp_path / "list.txt"))
+        images, labels, _ = next(found.train.batches([torch.arange(14)], CPU))
+        assert torch.equal(images, truth["train"][0][readable]) and len(found.train) == 14
+        assert torch.equal(labels, truth["train"][1][readable])
+        assert torch.equal(found.test.labels, truth["test"][1])
+
+
+@pytest.mark.parametrize("width, height", [(96, 64), (64, 96), (50, 34), (16, 24)])
+def test_the_short_side_is_resized_and_the_middle_is_cut_out(width, height, tmp_path):
+    """A ramp along the long side stays a ramp, about the middle of the image."""
+    long, short, side = max(width, height), min(width, height), 32
+    ramp = np.tile(np.arange(long, dtype=np.uint8) * 2, (short, 1))
+    ramp = ramp if width > height else ramp.T
+    Image.fromarray(np.stack([ramp, 255 - ramp, ramp // 2], -1)).save(tmp_path / "ramp.png")
+    image = decode(tmp_path / "ramp.png", side).int()
+    assert image.shape == (3, side, side)
+    steps = (torch.arange(side) + 0.5 - side / 2) * short / side           # pixels from the middle
+    expected = 2 * (long / 2 - 0.5 + steps).clamp(0, long - 1)
+    red = image[0] if width > height else image[0].T
+    assert (red - expected).abs().max() < 2.5 and (image[0] + image[1] - 255).abs().max() <= 2
 
 
 def test_a_damaged_data_set_is_one_line(on_disk, cli):
@@ -204,7 +475,7 @@ def test_folder_layouts_that_cannot_work(copy, cli):
     assert_one_line(cli(FOLDER.replace("32", "99")), "--train-images 99", "only 36")
 
 
-def imagenet_tree(root, boxes=True):
+def imagenet_tree(root):
     random = np.random.default_rng(0)
     for split, n in (("train", 4), ("val", 2)):
         for name in ("n01", "n02", "n03"):
@@ -233,10 +504,6 @@ def test_h_imagenet_cuts_boxes_caches_and_checks(cli):
     Path("list.txt").write_text("n02\nn03\n")
     done = cli(H_IMAGENET)
     assert done.code == 0 and "9 train images of 2 classes" in done.out and "255,725" in done.out
-    data = load(dataset="h-imagenet", data_path="own", image_size=32, class_list="list.txt")
-    bright = data.train.images.float().mean((1, 2, 3))
-    assert data.classes == ["n02", "n03"] and data.train.labels.tolist() == 5 * [0] + 4 * [1]
-    assert bright[0] > 250 and bright[1] < 5              # the two boxes of the first image
     done = cli(H_IMAGENET, "--seed 1")
     assert done.code == 0 and "decoding" not in done.out  # the cache is used
     for cache in Path("own/h-imagenet-cache").glob("*.bin"):
@@ -253,11 +520,65 @@ def test_h_imagenet_cuts_boxes_caches_and_checks(cli):
     assert_one_line(cli(H_IMAGENET.replace("--class-list list.txt", "")), "--class-list FILE")
 
 
-def test_imagenet_is_a_tree_too(cli):
-    imagenet_tree(Path("own"))
-    done = cli(f"--dataset imagenet --data-path own --image-size 32 --epochs 1 {NARROW} "
-               "--batch-size 4 --augment ++")
-    assert done.code == 0 and "imagenet: 12 + 6 images, 3 classes" in done.out, done
+def annotate(file, *boxes):
+    """ImageNet's XML: (left, top, right, bottom) of each object."""
+    names = ("xmin", "ymin", "xmax", "ymax")
+    objects = "".join("<object><bndbox>" + "".join(
+        f"<{name}>{value}</{name}>" for name, value in zip(names, box, strict=True))
+        + "</bndbox></object>" for box in boxes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"<annotation>{objects}</annotation>")
+
+
+def test_a_box_is_enlarged_by_a_tenth_of_its_sides_on_each_of_them(tmp_path):
+    annotate(tmp_path / "Annotations/n02/one.xml", (15, 25, 45, 65), (60, 20, 160, 40))
+    assert annotated_boxes(tmp_path) == {"one": [(12, 21, 48, 69), (50, 18, 170, 42)]}
+
+
+def test_h_imagenet_is_the_listed_classes_their_objects_cut_out(tmp_path):
+    """Of 34 pixels, from which crops are cut; an object each, the whole image where no box is."""
+    truth, random = random_tree(tmp_path, "val"), np.random.default_rng(2)
+    scene = random.integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    Image.fromarray(scene).save(tmp_path / "train/bee/scene.png")
+    annotate(tmp_path / "Annotations/scene.xml", (20, 30, 48, 58), (60, 10, 88, 38))
+    (tmp_path / "list.txt").write_text("bee\nwasp\n")
+    objects = torch.tensor(np.stack([scene[27:61, 17:51], scene[7:41, 57:91]])).permute(0, 3, 1, 2)
+    images, labels = truth["train"]
+    expected = torch.cat([images[labels == 1], objects, images[labels == 2]])
+    for _ in range(2):                                    # decoded, then from the cache
+        read_data.cache_clear()
+        found = load(dataset="h-imagenet", data_path=str(tmp_path), image_size=32,
+                     class_list=str(tmp_path / "list.txt"))
+        assert found.classes == ["bee", "wasp"] and torch.equal(found.train.images, expected)
+        assert found.train.labels.tolist() == 11 * [0] + 5 * [1]
+        assert torch.equal(found.test.images, truth["test"][0][truth["test"][1] > 0])
+        assert found.test.labels.tolist() == 4 * [0] + 2 * [1]
+
+
+def test_the_hardest_classes_are_those_resnet18_gets_wrong_most_often(tmp_path, monkeypatch):
+    """A net that reads class and answer off the colours: every fifth class is right in 2 of 3."""
+    hard = [k for k in range(1000) if k % 5 == 3]
+    shade = {}
+    for k in range(1000):
+        folder = tmp_path / f"val/n{k:04}"
+        folder.mkdir(parents=True)
+        for n in range(3 if k in hard else 1):
+            colour = (k // 32, k % 32, 200 if k in hard and n == 1 else 0)
+            Image.new("RGB", (1, 1), colour).save(folder / f"{n}.png")
+
+    def answers(x):                                       # (B, 3, H, W) in [0, 1] -> (B, 1000)
+        red, green, blue = (255 * x[:, :, 0, 0]).round().long().T
+        shade["sides"] = x.shape[2:]
+        right = 32 * red + green
+        return torch.eye(1000)[torch.where(blue > 0, (right + 1) % 1000, right)]
+    monkeypatch.setattr(torchvision.models, "resnet18",
+                        lambda weights: SimpleNamespace(eval=lambda: answers))
+    monkeypatch.setattr(torchvision.models, "ResNet18_Weights", SimpleNamespace(
+        IMAGENET1K_V1=SimpleNamespace(transforms=lambda: lambda x: x[..., :2, :2] / 255)))
+    config = make_config(dataset="h-imagenet", workers=0)
+    assert hard_classes(config, tmp_path) == [f"n{k:04}" for k in hard]
+    monkeypatch.setattr(torchvision.models, "resnet18", None)
+    assert hard_classes(config, tmp_path) == [f"n{k:04}" for k in hard]    # asked only once
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,10 +586,11 @@ def test_imagenet_is_a_tree_too(cli):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels, room", [(1, 2), (3, 2), (3, 6)])
 @pytest.mark.parametrize("flip", [False, True])
-def test_augmentation_is_torchvisions_image_by_image(channels, flip):
-    images = torch.randint(256, (40, channels, 34, 34), dtype=torch.uint8)
+def test_augmentation_is_torchvisions_image_by_image(channels, room, flip):
+    """Draws are: top, left, mirror, then brightness, contrast, saturation, hue up to +-0.2."""
+    images = torch.randint(256, (40, channels, 32 + room, 32 + room), dtype=torch.uint8)
     images[0] = images[1, :, :1, :1]                      # a uniform image, and a grey one
     images[2] = images[2, :1]
     draws = torch.rand(40, 7)
@@ -276,7 +598,7 @@ def test_augmentation_is_torchvisions_image_by_image(channels, flip):
     ours = augmented(images, draws, 32, "++", flip)
     plain = augmented(images, draws, 32, "+", flip)
     for image, draw, jittered, cropped in zip(images, draws.tolist(), ours, plain, strict=True):
-        x = T.crop(image, int(draw[0] * 3), int(draw[1] * 3), 32, 32)
+        x = T.crop(image, *(int(d * (room + 1)) for d in draw[:2]), 32, 32)
         x = T.to_dtype(T.horizontal_flip(x) if flip and draw[2] < 0.5 else x, scale=True)
         torch.testing.assert_close(cropped, x)
         brightness, contrast, saturation, hue = (0.2 * (2 * d - 1) for d in draw[3:])
@@ -284,8 +606,10 @@ def test_augmentation_is_torchvisions_image_by_image(channels, flip):
         if channels == 3:
             x = T.adjust_hue(T.adjust_saturation(x, 1 + saturation), hue)
         torch.testing.assert_close(jittered, x, rtol=0, atol=2e-5)
-    centre = augmented(images, draws, 32, "none", False)
-    torch.testing.assert_close(centre, images[..., 1:33, 1:33] / 255)
+    for side in (32, 32 + room):                          # unless asked for, the centre
+        x = T.center_crop(images, side) / 255
+        x = torch.where((draws[:, 2] < 0.5).view(-1, 1, 1, 1), x.flip(3), x) if flip else x
+        torch.testing.assert_close(augmented(images, draws, side, "none", flip), x)
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone():

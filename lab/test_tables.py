@@ -1,33 +1,27 @@
-"""Tables and figures: every row builds what it is called, in miniature they all run."""
+"""Tables and figures: a cell is the result of the run that its row and column name."""
 import functools
 import json
+import math
 import re
-import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision.models
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 import encapnet
 import train
-from conftest import assert_one_line
+from conftest import assert_one_line, state_of
 from lab import bench, figures, fit, tables
-from lab.config import config_key, cost_key, flags, identity_fields, make_config
-from lab.fit import make_model, record
-from lab.runtime import Diverged
-from lab.tables import (
-    CIFAR10,
-    TABLES,
-    measure_costs,
-    part_cells,
-    read_lines,
-    render_costs,
-    render_part,
-    row_config,
-    use,
-)
+from lab.config import config_key, make_config
+from lab.fit import agreement, make_model, record
+from lab.runtime import Diverged, Problem
+from lab.tables import TABLES, obtain_all, part_cells, read_lines, row_config, summary
 
 # ------------------------------------------------------------------------------------------------
 # Tables, figures, report, bench in miniature
@@ -56,26 +50,24 @@ def numbers(text, row):
             for c in line.strip("|").split("|")[1:]]
 
 
-@pytest.mark.parametrize("number, words, ran, dashed", [
-    (3, "--set types=4 --row baseline KL", "(b) KL loss", "(8) two OTs"),
-    (4, "--set types=2 --row ++", "EncapNet++", "EncapNet+ "),
-    (5, "--set types=2 --row learnable 4 spread", "learnable", "CE loss"),
-])
-def test_a_table_runs_and_stands_beside_the_papers(number, words, ran, dashed, cli, quick):
-    table = f"--table {number} {MINIATURE} {words}"
+def test_a_table_runs_and_stands_beside_the_papers(cli, quick):
+    table = f"--table 5 {MINIATURE} --set types=1 --row 4"
     done = cli(table)
     assert done.code == 0, done
     text = done.out[done.out.index("**Table"):]
-    cells = numbers(text, ran)
-    assert re.fullmatch(r"\d+\.\d\d", cells[0]) and re.search(r"\d|fail", cells[1]), cells
-    assert "1 seed, 1 epochs, CPU" in cells[-1] and numbers(text, dashed)[1] == "–"
-    assert cells[2] == "–"                                             # digits, not the paper's
+    cells = numbers(text, "4")
+    assert cells[0] == "14.25" and re.search(r"\d|fail", cells[1]), cells
+    assert "1 seed, 1 epochs, CPU" in cells[-1] and numbers(text, "CE loss")[1] == "–"
+    assert cells[2] == "–"                                             # other data than the paper's
     again = cli(table)
     assert again.code == 0 and "---" not in again.out.split("**Table")[0]     # nothing run twice
     assert again.out[again.out.index("**Table"):] == text
-    assert Path(f"runs/table-{number}.md").read_text().strip() == text.strip()
-    if number == 4:
-        assert "quoted" in numbers(text, "DSN")[-1]
+    assert Path("runs/table-5.md").read_text().strip() == text.strip()
+
+
+# ------------------------------------------------------------------------------------------------
+# A row builds what it is called
+# ------------------------------------------------------------------------------------------------
 
 
 USUAL = dict(coefficients="both", skips="I II", aide=3, squashed=False, units=0, divergence="ot",
@@ -103,7 +95,13 @@ def ablations_of(config):
     (coefficients, aide, squashed), = found                            # every layer is alike
     skips = " ".join(["I"] * (module.reduce.skip is not None) + ["II"] * module.skip)
     built = dict(coefficients=coefficients, aide=aide, squashed=squashed, skips=skips,
-                 units=len(net.units) // len(net.blocks), lam=config.lam)
+                 lam=config.lam)
+    return built | units_of(net)
+
+
+def units_of(net):
+    """What feedback units are built, in the words of USUAL."""
+    built = dict(units=len(net.units) // len(net.blocks))
     for unit in net.units:
         built |= dict(divergence=unit.kind, bias_fix=unit.bias_fix, cost=unit.cost,
                       plan_grad=unit.sinkhorn["plan_grad"], extractor=unit.extractor is not None,
@@ -120,6 +118,65 @@ def test_rows_of_table_3_build_what_they_are_called():
         changed, = (changes for name, changes in TABLE_3.items()
                     if row == name or row.startswith(f"{name} "))
         assert ablations_of(config).items() <= (USUAL | changed).items(), row
+
+
+def test_the_resnet_column_of_table_3_is_the_same_change_to_resnet18():
+    called = {"(a)": dict(units=0), "(b)": dict(units=1, divergence="kl", cost="cosine"),
+              "(c)": dict(units=1, divergence="ot", cost="cosine", bias_fix=True, plan_grad=False,
+                          extractor=True)}
+    cells = [cell for cell in part_cells(TABLES[3][1], {"set": {"types": 1}})
+             if cell[1] == "ResNet"]
+    assert len(cells) == len(called)
+    for row, _, config in cells:
+        net = make_model(config, 10, 3)
+        assert type(net) is encapnet.ResNet and [1 + len(m.rest) for m in net.blocks] == 4 * [2]
+        assert called[row[:3]].items() <= units_of(net).items(), row
+        assert (config.lam, config.loss, config.dataset) == (10, "ce", "cifar10")
+
+
+TABLE_4 = {    # row: model, side of the images, augmentation
+    "EncapNet v1": ("encapnet", 128, "none"), "EncapNet v2": ("encapnet-v2", 128, "none"),
+    "EncapNet v3": ("encapnet-v3", 224, "none"), "EncapNet v3+": ("encapnet-v3", 224, "+"),
+    "EncapNet v3++": ("encapnet-v3", 224, "++"), "EncapNet-18": ("encapnet", 224, "++"),
+    "WRN": ("wide_resnet101_2", 224, "++"), "ResNet-101": ("resnet101", 224, "++"),
+    "VGG": ("vgg16", 224, "++"), "GoogleNet": ("googlenet", 224, "++")}
+SMALL_4 = {"EncapNet": "none", "EncapNet+": "+", "EncapNet++": "++"}
+
+
+def test_rows_of_table_4_are_what_they_are_called():
+    small, hard, whole = (list(part_cells(part, {})) for part in TABLES[4])
+    assert {(row, column) for row, column, _ in small} == {
+        (row, name) for row in SMALL_4 for name in ("cifar10", "cifar100", "svhn")}
+    for row, column, config in small:
+        assert (config.dataset, config.model, config.image_size, config.augment) == (
+            column, "encapnet", 32, SMALL_4[row])
+        assert config.flip == (row == "EncapNet++" and column != "svhn")   # numbers have a side
+        assert config.epochs == (900 if row == "EncapNet++" else 600)
+        assert not config.train_images and not config.test_images and not config.set
+    assert [len(hard), len(whole)] == [9, 4]
+    for cells, dataset in ((hard, "h-imagenet"), (whole, "imagenet")):
+        for row, _, config in cells:
+            assert (config.model, config.image_size, config.augment) == TABLE_4[row]
+            assert config.dataset == dataset and config.flip == (config.augment == "++")
+
+
+@pytest.mark.parametrize("name", ["wide_resnet101_2", "resnet101", "vgg16", "googlenet"])
+def test_peers_of_table_4_are_torchvisions_networks(name):
+    with torch.device("meta"):
+        net = make_model(make_config(dataset="imagenet", model=name), 1000, 3)
+    published = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+    assert sum(p.numel() for p in net.parameters()) == published
+
+
+@pytest.mark.parametrize("side, stem", [(32, 32), (64, 64), (127, 127), (128, 32), (224, 56)])
+def test_encapnets_stem_has_stride_4_from_128_pixels_on(side, stem):
+    few = dict(types=2, depths=(1,), dims=(1, 1))
+    config = make_config(dataset="folder", model="encapnet", image_size=side, set=few)
+    assert make_model(config, 3, 3).stem(torch.zeros(1, 3, side, side)).shape[-1] == stem
+    config = make_config(dataset="folder", model="encapnet", image_size=side,
+                         set={**few, "stem_stride": 2})                # unless asked for
+    assert make_model(config, 3, 3).stem(torch.zeros(1, 3, side, side)).shape[-1] == (side + 1) // 2
+    assert make_config(dataset="folder", model="resnet18", image_size=side).set == {}
 
 
 def test_rows_of_tables_1_and_5_are_what_they_are_called():
@@ -153,25 +210,12 @@ def test_a_whole_table_in_miniature(number, cli, quick):
 
 
 def test_table_1_measures_cost(cli, quick):
-    words = MINIATURE.replace("--epochs 1", "--epochs 10 --lr 3e-3 --train-images 30")
-    text = cli(f"--table 1 {words} --set types=2 --row '(c)' --seeds 2").out
+    text = cli(f"--table 1 {MINIATURE} --set types=1 --row '(c)'").out
     cost = numbers(text, "(c) vanilla CNN, same shape")
     assert cost[0] == "128" and float(cost[2]) < 24.44 and "CPU" in cost[8], cost
-    assert "±" in text and "2 seeds" in text
     lines = map(json.loads, Path("runs/results.jsonl").read_text().splitlines())
     benches = [line["bench"] for line in lines if "bench" in line]
     assert [b["batch"] for b in benches] == [128]
-
-
-def test_costs_of_another_device_are_measured_again(cli, quick, monkeypatch):
-    config = row_config(CIFAR10, use("cnn-same", width=1 / 16))
-    line = {**cost_key(config), "batch": 128, "device": "H100"}
-    Path("runs").mkdir(exist_ok=True)
-    Path("runs/results.jsonl").write_text(json.dumps({"bench": line}) + "\n")
-    measure_costs({"set": {"types": 2}, "device": "cpu"}, ["(c)"])
-    measure_costs({"set": {"types": 2}, "device": "cpu"}, ["(c)"])
-    lines = list(read_lines(Path("runs/results.jsonl")))
-    assert [entry["bench"]["device"][:3] for entry in lines] == ["H10", "CPU"]
 
 
 def test_table_2_is_the_built_network(cli):
@@ -180,12 +224,87 @@ def test_table_2_is_the_built_network(cli):
     assert "| stem" in done.out and "512 x 4 x 4" in done.out
 
 
-def test_failing_rows_are_reported_and_the_others_go_on(cli, quick):
-    words = f"--table 3 {MINIATURE} --set width=broad --set types=2 --row '(b) KL'"
-    done = cli(words)
+# ------------------------------------------------------------------------------------------------
+# The runner: what is known is not run again
+# ------------------------------------------------------------------------------------------------
+
+
+def result(config, seed=None, **values):
+    """A line of results.jsonl, as fit gives it."""
+    return {"key": config_key(config), "seed": config.seed if seed is None else seed,
+            "error": 10.0, "top5_error": 5.0, "outcome": "ok", "epochs": config.epochs,
+            "seconds": 60.0, "data": config.dataset, "model": config.model,
+            "environment": {"device": "H100", "command": "python train.py --table"}, **values}
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """faked(outcome) puts outcome(config) -> more of a result, in place of training."""
+    asked = []
+
+    def put(outcome=lambda config: {}):
+        monkeypatch.setattr(tables, "fit", lambda config: asked.append(config) or
+                            result(config, **outcome(config)))
+        return asked
+    return put
+
+
+def test_a_known_result_is_never_run_again_an_unknown_seed_is(faked, place, monkeypatch):
+    monkeypatch.chdir(place)
+    asked, config = faked(), make_config(dataset="mnist", lr=1e-3)
+    other = make_config(dataset="mnist", lr=1e-2)
+    runs = {(config_key(config), 0): "known", (config_key(other), 1): "another's"}
+    assert obtain_all([("one", config)], 3, runs) == []
+    assert [c.seed for c in asked] == [1, 2] and {config_key(c) for c in asked} == \
+        {config_key(config)}
+    assert runs[config_key(config), 0] == "known"                      # and is left alone
+    assert [runs[config_key(config), seed]["seed"] for seed in (1, 2)] == [1, 2]
+    assert obtain_all([("one", config)], 3, runs) == [] and len(asked) == 2
+    assert len({c.output_dir for c in asked}) == 2                     # a folder a seed
+
+
+def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch):
+    monkeypatch.chdir(place)
+    tried, config = [], make_config(dataset="mnist")
+
+    def diverge(config):
+        tried.append(config)
+        raise Diverged("NaN at step 1; stopped")
+    monkeypatch.setattr(tables, "fit", diverge)
+    for _ in range(2):
+        runs, _ = tables.read_results(Path("runs/results.jsonl"))
+        assert obtain_all([("one", config)], 1, runs) == []
+        assert summary(config, 14.28, runs)[:2] == ("fail (NaN at step 1)", "–")
+    assert len(tried) == 1
+
+
+def test_failing_rows_are_reported_and_the_others_go_on(cli, faked):
+    def fail(config):
+        if config.model == "resnet18":
+            raise Problem("width must be a number")
+        return {}
+    faked(fail)
+    done = cli("--table 3 --row '(b) KL'")
     assert_one_line(done, "1 runs failed", "ResNet", "width", code=1)
     cells = numbers(done.out, "(b) KL loss")
-    assert "1 seed" in cells[-1] and cells[4] == "–"
+    assert cells[1] == "10.00" and "1 seed" in cells[-1] and cells[4] == "–"
+
+
+@pytest.mark.parametrize("errors, shown", [
+    ([10.0], "10.00"), ([10.0, 12.0, 17.0], "13.00 ± 3.61"), ([9.0, 9.0], "9.00 ± 0.00")])
+def test_a_cell_is_the_mean_and_the_deviation_of_its_seeds(errors, shown):
+    """With n - 1, as of a sample; minus the paper's number, in which a plus is worse."""
+    config, other = make_config(dataset="cifar10"), make_config(dataset="cifar10", lr=1.0)
+    runs = {(config_key(c), seed): result(c, seed, error=error + 50 * (c is other))
+            for c in (config, other) for seed, error in enumerate(errors)}
+    mean = statistics.mean(errors)
+    plural = "s" * (len(errors) > 1)
+    assert summary(config, 14.28, runs) == (
+        shown, f"{mean - 14.28:+.2f}", f"{len(errors)} seed{plural}, 600 epochs, H100")
+    assert summary(config, None, runs)[1] == summary(config, "fail", runs)[1] == "–"
+    runs[config_key(config), 9] = result(config, 9, outcome="at chance", error=90.0)
+    assert summary(config, 14.28, runs)[:2] == ("fail (at chance)", "–")
+    assert summary(make_config(dataset="cifar10", lr=2.0), 14.28, runs) == ("–", "–", "–")
 
 
 def test_a_tables_set_reaches_the_networks_that_have_it():
@@ -197,27 +316,145 @@ def test_a_tables_set_reaches_the_networks_that_have_it():
                       "cnn-similar": {"width": 2.375 / 4, "tipes": 3}}
 
 
-@pytest.mark.parametrize("number", [2, 4])
-def test_figures(number, cli, quick, monkeypatch):
-    drawn_ones, draw = [], figures.save_figure
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn_ones.append(figure) or
-                        draw(figure, path))
-    done = cli(f"--figure {number} {MINIATURE} --set types=4 --output-dir drawn")
+# ------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    figures_, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figures_.append(figure) or
+                        save(figure, path))
+    return figures_
+
+
+def test_every_curve_of_figure_4_is_its_own_runs(cli, faked, drawn):
+    """By legend, in its network's panel, one look a kind; the mean over seeds, epoch by epoch."""
+    asked = faked(lambda c: {"curves": {"loss": [
+        100 * (c.model == "resnet18") + 10 * c.set["feedback"] + c.seed - epoch / 2
+        for epoch in range(4)]}})
+    done = cli("--figure 4 --seeds 3 --output-dir there")
     assert done.code == 0, done
-    with Image.open(f"drawn/figure-{number}.png") as image:
+    with Image.open("there/figure-4.png") as image:
         assert image.width > 500 and len(image.convert("L").getcolors()) > 10
-    lines = [list(line.get_ydata()) for axis in drawn_ones[-1].axes for line in axis.lines]
-    runs = list(map(json.loads, Path("runs/results.jsonl").read_text().splitlines()))
-    if number == 4:
-        recorded = sorted(r["curves"]["loss"] for r in runs)
-        assert len(lines) == 4 and sorted(lines) == [pytest.approx(line) for line in recorded]
-        return
-    moments = [m for r in runs for m in r["moments"]]
-    assert [m["epoch"] for m in moments] == [0, 1] * 2
-    assert all(sum(m["percent"]) == pytest.approx(100) for m in moments)
-    drawn = [[length for length in line if length == length] for line in lines]     # but the nan
-    assert drawn == [[length for length, percent in zip(m["length"], m["percent"], strict=True)
-                      if percent] for m in moments]
+    assert len(asked) == 12 and {c.seed for c in asked} == {0, 1, 2}
+    assert all(c.dataset == "cifar10" and c.lam == 10 and c.set.get("divergence", "ot") == "ot"
+               for c in asked)
+    figure, = drawn
+    start = {"EncapNet": 1, "EncapNet * OT": 11, "ResNet": 101, "ResNet * OT": 111}
+    looks = {}
+    for axis, network in zip(figure.axes, ("EncapNet", "ResNet"), strict=True):
+        legend = {text.get_text(): handle for text, handle in zip(
+            axis.get_legend().get_texts(), axis.get_legend().legend_handles, strict=True)}
+        assert {line.get_label() for line in axis.lines} == {network, f"{network} * OT"}
+        for line in axis.lines:
+            label = line.get_label()
+            first = start.pop(label)
+            assert line.get_xdata().tolist() == [1, 2, 3, 4]
+            assert line.get_ydata().tolist() == [first, first - 0.5, first - 1, first - 1.5]
+            look = to_rgb(line.get_color()), line.get_linestyle()
+            assert (to_rgb(legend[label].get_color()), legend[label].get_linestyle()) == look
+            looks.setdefault("OT" in label, set()).add(look)
+    assert not start and len(looks[True]) == len(looks[False]) == 1 and looks[True] != looks[False]
+
+
+def moment(routing, epoch):
+    """A histogram and lengths that name their routing and epoch; some bins are empty."""
+    percent = [float((k + epoch + 7 * (routing == "em")) % 4) for k in range(20)]
+    return {"epoch": epoch, "percent": percent,
+            "length": [k + 0.1 * epoch + (routing == "em") / 2 for k in range(20)]}
+
+
+def test_figure_2_draws_every_routing_and_moment_where_it_says(cli, faked, drawn):
+    asked = faked(lambda c: {"curves": {}, "moments": [
+        moment(c.model.removeprefix("capnet-"), epoch) for epoch in (0, 60, 240, 600)]})
+    done = cli("--figure 2 --output-dir there")
+    assert done.code == 0 and Path("there/figure-2.png").exists(), done
+    assert [c.model for c in asked] == ["capnet-dynamic", "capnet-em"]
+    axes = drawn[0].axes
+    panels, twins = axes[:8], axes[8:]
+    assert [axis.get_title() for axis in panels] == [
+        f"{name}, epoch {epoch}" for name in ("Dynamic", "EM") for epoch in (0, 60, 240, 600)]
+    for axis, twin in zip(panels, twins, strict=True):
+        name, epoch = re.fullmatch(r"(\w+), epoch (\d+)", axis.get_title()).groups()
+        expected = moment(name.lower(), int(epoch))
+        assert [bar.get_height() for bar in axis.patches] == expected["percent"]
+        edges = [bar.get_x() for bar in axis.patches] + [axis.patches[-1].get_x() + 0.1]
+        assert edges == pytest.approx([-1 + 0.1 * k for k in range(21)])
+        lengths = [length if percent else math.nan for length, percent in
+                   zip(expected["length"], expected["percent"], strict=True)]
+        np.testing.assert_array_equal(twin.lines[0].get_ydata(), lengths)
+        np.testing.assert_allclose(twin.lines[0].get_xdata(), [-0.95 + 0.1 * k for k in range(20)],
+                                   atol=1e-12)
+
+
+class Toy(torch.nn.Module):
+    """A routed layer alone; its last class capsule gets an opposite vote."""
+
+    def __init__(self, routing):
+        super().__init__()
+        self.routing = routing
+        first = encapnet.RoutedCapsules(2, 3, 7, 6, routing)           # not the one to look at
+        self.routed = torch.nn.ModuleList(
+            [first, encapnet.RoutedCapsules(2, 3, 4, 5, routing, bias=True)])
+        torch.nn.init.normal_(self.routed[1].bias)
+
+    def forward(self, u):
+        assert not self.training
+        a = (torch.full((len(u), u.shape[1] * u.shape[2]), 0.5),) if self.routing == "em" else ()
+        return [layer(u, *a) for layer in self.routed][1]
+
+
+def agreement_by_hand(layer, u, v, labels):
+    """Vote by vote: cosine with the true class's capsule v (B, K, d), in bins of a tenth."""
+    count, total = np.zeros(20), np.zeros(20)
+    W, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias if layer.bias is not
+                                                     None else torch.zeros(1)))
+    u, v = u.double().numpy(), v.double().numpy()
+    for b, j in enumerate(labels.tolist()):
+        for g in range(u.shape[1]):
+            for p in range(u.shape[2]):
+                vote = u[b, g, p] @ W[g, :, j] + (bias[g, j] if bias.ndim > 1 else 0)
+                cosine = vote @ v[b, j] / np.linalg.norm(vote) / np.linalg.norm(v[b, j])
+                k = min(19, math.floor((cosine + 1) * 10))
+                count[k], total[k] = count[k] + 1, total[k] + np.linalg.norm(vote)
+    return 100 * count / count.sum(), total / np.maximum(1, count)
+
+
+@pytest.mark.parametrize("routing", ["dynamic", "em"])
+def test_agreement_is_of_every_vote_for_the_true_class_with_its_capsule(routing):
+    net, u, labels = Toy(routing), torch.randn(6, 2, 5, 3), torch.tensor([2, 0, 3, 3, 1, 2])
+    out = net.eval()(u)
+    v = (out[0] if routing == "em" else out).detach()
+    percent, length = agreement_by_hand(net.routed[1], u, v, labels)
+    found = agreement(net.train(), u, labels)
+    np.testing.assert_allclose(found["percent"], percent, rtol=1e-6)
+    np.testing.assert_allclose(found["length"], length, rtol=1e-5)
+
+
+def test_figure_2s_moments_are_before_after_a_tenth_four_tenths_and_all_of_the_run(cli):
+    """Of the test images: the first is the fresh network's, the last the finished one's."""
+    words = MINIATURE.replace("--epochs 1", "--epochs 10").replace("--train-images 8",
+                                                                   "--train-images 4")
+    done = cli(f"{words} --model capnet-dynamic --set types=1 --output-dir run")
+    assert done.code == 0, done
+    moments = json.loads(Path("run/result.json").read_text())["moments"]
+    assert [m["epoch"] for m in moments] == [0, 1, 4, 10]
+    state, seen = state_of("run"), []
+    config = make_config(**state["config"])
+    data = fit.load_data(config, torch.device("cpu"))
+    x = (data.test.images / 255 - data.mean.view(3, 1, 1)) / data.std.view(3, 1, 1)
+    torch.manual_seed(config.seed)
+    net = make_model(config, 3, 3).eval()
+    net.routed[1].register_forward_hook(lambda layer, given, out: seen.append((given[0], out)))
+    for found in (moments[0], moments[-1]):
+        with torch.no_grad():
+            net(x)
+        percent, length = agreement_by_hand(net.routed[1], *seen[-1], data.test.labels)
+        np.testing.assert_allclose(found["percent"], percent, atol=0.3)       # a vote is 0.26 %
+        net.load_state_dict(state["net"])
 
 
 def test_a_figure_without_runs_says_why(cli, quick, monkeypatch):
@@ -227,36 +464,84 @@ def test_a_figure_without_runs_says_why(cli, quick, monkeypatch):
     assert_one_line(cli(f"--figure 4 {MINIATURE}"), "nothing to draw", "NaN at step 1", code=1)
 
 
-def test_every_column_tells_its_own_seeds_and_devices():
-    result = dict(error=10.0, epochs=600, outcome="ok")
-    runs = {}
-    for (*_, config), devices in zip(list(part_cells(TABLES[1][0], {}))[:2],
-                                     (["H100"] * 2, ["CPU"]), strict=True):
-        for seed, device in enumerate(devices):
-            runs[config_key(config), seed] = {**result, "environment": {"device": device}}
-    text = render_part(1, TABLES[1][0], {}, runs)
+# ------------------------------------------------------------------------------------------------
+# Rendering
+# ------------------------------------------------------------------------------------------------
+
+
+def published(*lines):
+    Path("results").mkdir(exist_ok=True)
+    Path("results/all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def reported(cli, *blocks):
+    """README's blocks of these names, filled from results/ -> their texts."""
+    Path("README.md").write_text("".join(f"<!-- {b} -->\nstale\n<!-- end -->\n" for b in blocks))
+    assert cli("--report").code == 0
+    text = Path("README.md").read_text()
+    assert "stale" not in text
+    return re.findall(r"^<!-- (?:table|runs|speed).*?-->\n(.*?)^<!-- end", text, re.M | re.S)
+
+
+def test_every_cell_of_every_table_is_its_own_runs_result(cli):
+    """A result of its own for every Config: ImageNet's rows show top-5 errors, all others top-1."""
+    cells = {(number, part.title): list(part_cells(part, {}))
+             for number in (1, 3, 4, 5) for part in TABLES[number]}
+    keys = sorted({config_key(config) for found in cells.values() for *_, config in found})
+    errors = {key: 101.25 + n for n, key in enumerate(keys)}
+    published(*{config_key(config): result(
+        config, error=errors[config_key(config)], top5_error=errors[config_key(config)] + 0.5)
+        for found in cells.values() for *_, config in found}.values())
+    texts = reported(cli, *(f"table {number}" for number in (1, 3, 4, 5)))
+    blocks = dict(re.findall(r"^\*\*Table (\d: .*?)\.\*\*.*?\n\n((?:\|.*\n)+)", "\n".join(texts),
+                             re.M))
+    for (number, title), found in cells.items():
+        header, _, *rows = ([c.strip() for c in line.strip("|").split("|")]
+                            for line in blocks[f"{number}: {title}"].splitlines())
+        rows, filled = {row[0]: dict(zip(header, row, strict=True)) for row in rows}, 0
+        for row, column, config in found:
+            many = f"{column} " * (len({column for _, column, _ in found}) > 1)
+            error = errors[config_key(config)] + 0.5 * title.endswith("top-5")
+            shown = rows[row]
+            assert shown[f"{many}ours"] == f"{error:.2f}", (title, row, column)
+            paper = next(p[column] for name, _, p in
+                         next(p for p in TABLES[number] if p.title == title).rows if name == row)
+            if isinstance(paper, float):
+                assert shown[f"{many}paper"] == f"{paper:.2f}"
+                assert shown[f"{many}difference"] == f"{error - paper:+.2f}"
+            filled += 1
+        assert filled == sum(cell[:1].isdigit() for row in rows.values()
+                             for name, cell in row.items() if name.endswith("ours"))
+
+
+@pytest.mark.parametrize("dataset, difference", [("cifar10", "-4.28"), ("cifar100", "–")])
+def test_only_results_of_the_same_data_are_held_against_the_papers(dataset, difference, cli):
+    published(result(make_config(dataset=dataset, model="capnet-dynamic")))
+    text, = reported(cli, f"table 1 --dataset {dataset}")
+    assert numbers(text, "(a) CapNet, dynamic")[-4:-1] == ["14.28", "10.00", difference]
+
+
+def test_every_column_tells_its_own_seeds_and_devices(cli):
+    found = {name: make_config(dataset=name, model="capnet-dynamic") for name in
+             ("cifar10", "mnist")}
+    published(*(result(found["cifar10"], seed) for seed in (0, 1)),
+              result(found["mnist"], environment={"device": "CPU", "command": ""}))
+    text, = reported(cli, "table 1")
     assert "| 14.28 | 10.00 ± 0.00 | -4.28 | 0.37 | 10.00 | +9.63 |" in text
     assert "| CIFAR-10: 2 seeds, 600 epochs, H100; MNIST: 1 seed, 600 epochs, CPU |" in text
 
 
-def test_costs_are_of_the_same_settings_and_device():
-    config = row_config(CIFAR10, use("cnn-same"))
-    line = {**cost_key(config), "batch": 128, "parameters": 10 ** 6, "memory_MB": 100.,
-            "step_seconds": 1., "device": "H100"}
+def test_costs_are_of_the_same_settings_and_device(cli):
+    line = dict(model="cnn-same", set={}, image_size=32, amp=False, compile=False,
+                channels_last=False, batch=128, parameters=10 ** 6, memory_MB=100.,
+                step_seconds=1., device="H100")
     others = [{**line, "amp": True, "memory_MB": 1.}, {**line, "image_size": 64, "memory_MB": 2.},
+              {**line, "model": "cnn-similar", "memory_MB": 3.},
               {**line, "batch": 4096, "device": "CPU", "memory_MB": 777.}]
-    text = render_costs(TABLES[1][0], {}, [line, *others])
-    cells = numbers(text, "(c) vanilla CNN, same shape")
-    assert cells[4:6] == ["100", "100 (128)"] and cells[-1] == "H100"
-
-
-def test_flags_are_read_back():
-    config = make_config(dataset="mnist", model="encapnet6", set={"types": 4}, lr=3e-3,
-                               milestones=(1, 2), channels_last=True, amp=False)
-    fields = {**identity_fields(config), "amp": False, "channels_last": True}
-    fields.pop("class_list")                                           # empty: not to be given
-    commands, given = train.parse(flags(fields))
-    assert not commands and make_config(**given) == config
+    published(*({"bench": each} for each in (line, *others)))
+    cells = numbers(reported(cli, "table 1")[0], "(c) vanilla CNN, same shape")
+    assert cells[:9] == ["128", "24.44", "32.00", "1,652", "100", "100 (128)", "0.026", "1.000",
+                         "H100"]
 
 
 def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
@@ -277,20 +562,26 @@ def test_flags_without_effect_are_refused(words, told, cli):
     assert_one_line(cli(words), told)
 
 
-def test_report_renders_and_checks(cli, quick):
-    assert cli(f"--table 5 {MINIATURE} --set types=2 --row 4").code == 0
-    words = f"5 {MINIATURE} --set types=2"
+def test_report_renders_and_checks(cli):
+    config = make_config(dataset="mnist", model="capnet-dynamic", set={"iterations": 4}, epochs=3)
+    single = dict(environment={"device": "a CPU", "command": "python train.py --lr 1"}, seconds=83,
+                  error=4.5, epochs=7)
+    published(result(config), result(make_config(lr=1.0), **single))
+    with open("results/more.jsonl", "w") as file:                      # later lines win
+        for ours, theirs in ((None, 5.0), (2.0, 6.0)):
+            line = dict(what="squash", instead="loops", ours_seconds=0.002, ours_MB=ours,
+                        seconds=theirs / 1000, MB=3.0, device="CPU, 1 thread")
+            file.write(json.dumps({"speed": line}) + "\n")
+    words = "5 --dataset mnist --epochs 3"
     Path("README.md").write_text(f"before\n<!-- table {words} -->\nstale\n<!-- end -->\nafter\n"
                                  "<!-- runs -->\n<!-- end -->\n<!-- speed -->\n<!-- end -->\n")
     assert_one_line(cli("--report --check"), "does not agree", code=1)
-    bench.compare("squash", (0.002, None), {"loops": (0.005, 3e6)}, torch.device("cpu"))
-    bench.compare("squash", (0.002, 2e6), {"loops": (0.006, 3e6)}, torch.device("cpu"))
-    Path("results").mkdir()
-    shutil.copy("runs/results.jsonl", "results/all.jsonl")
     assert cli("--report").code == 0 and cli("--report --check").code == 0
     text = Path("README.md").read_text()
     assert text.startswith("before") and "after" in text and "stale" not in text
-    assert "1 seed" in numbers(text, "4")[-1] and f"--table {words}" in text
+    assert numbers(text, "4") == ["14.25", "10.00", "–", "1 seed, 3 epochs, H100"]
+    assert f"--table {words}" in text
+    assert "| `python train.py --lr 1` | digits | 4.50 | 7 | 1m23s | a CPU |" in text
     assert numbers(text, "squash") == [*"loops 2.0 6.0 3.00 2 3 1.50".split(), "CPU, 1 thread"]
     Path("README.md").write_text(text.replace("14.25", "14.26"))
     assert_one_line(cli("--report --check"), "does not agree", code=1)
