@@ -130,11 +130,13 @@ def train(given):
         result = fit(config)
     else:
         result = fit(make_config(**given))
-    best = result["best_by_test_error"]
+    best, note = result["best_by_test_error"], ""
+    if best["epoch"]:
+        centre = f"by the centre crop {result['curves']['test_error'][-1]:.2f} %, "
+        note = (f" ({centre * result['multi_crop']}the best epoch by test error, {best['epoch']}: "
+                f"{best['test_error']:.2f} %)")
     say(f"test error {result['error']:.2f} % after {result['epochs']} epochs and "
-        f"{clock(result['seconds'])}"
-        + (f" (the best epoch by test error, {best['epoch']}: {best['test_error']:.2f} %)"
-           if best["epoch"] else ""))
+        f"{clock(result['seconds'])}{note}")
     say(f"curves and predictions: {result['folder']}/curves.png")
 
 

@@ -193,8 +193,10 @@ def make_config(**given):
     if config.augment == "++" and "epochs" not in given:
         config.epochs = round(1.5 * config.epochs)                       # our choice
     if "milestones" not in given:
-        stretch = config.epochs / max(1, before.epochs)
-        config.milestones = tuple(max(1, round(m * stretch)) for m in config.milestones)
+        scaled = [m * config.epochs / max(1, before.epochs) for m in config.milestones]
+        whole = tuple(max(1, round(m)) for m in scaled)
+        collide = config.schedule == "steps" and len(set(whole)) < len(whole)
+        config.milestones = tuple(scaled) if collide else whole
     source = DATASETS[config.dataset]
     config.image_size = config.image_size or max(source.side, MODEL_SIDE.get(config.model, 0))
     if config.model == "encapnet" and config.image_size >= 128:

@@ -393,6 +393,8 @@ def read_data(device, fields):
         if isinstance(images, Tensor) and images.nbytes <= HELD_BYTES:
             images = images.contiguous().to(device)
         halves.append(Split(images, labels.to(device)))
+    if len(classes) < 2:
+        raise Problem(f"{data_name(config)} has one class, {classes[0]}: nothing to tell apart")
     mean, std = channel_moments(halves[0], device)
     return Data(data_name(config), classes, *halves, side, mean, std)
 

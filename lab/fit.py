@@ -174,10 +174,11 @@ class Run:
         return (self.epoch + self.step / self.steps) / max(1, self.config.epochs)
 
 
-def learning_rate(config, epoch, progress):
-    """Of a step in this epoch, at this part in [0, 1) of the run."""
+def learning_rate(config, progress):
+    """Of a step at this part in [0, 1) of the run."""
     if config.schedule == "steps":
-        return config.lr * config.gamma ** sum(epoch >= m for m in config.milestones)
+        epochs = progress * config.epochs + 1e-9          # done; a milestone may lie within one
+        return config.lr * config.gamma ** sum(epochs >= m for m in config.milestones)
     rise = 0.2                                            # one cycle: up a line, down a cosine
     if progress < rise:
         return config.lr * (0.04 + 0.96 * progress / rise)
@@ -229,7 +230,7 @@ def train_step(run, images, labels, draws, tick=lambda part: None):
     norm = nn.utils.clip_grad_norm_(run.net.parameters(), config.clip or math.inf)
     tick("backward")
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, run.epoch, run.progress)
+        group["lr"] = learning_rate(config, run.progress)
     run.optimizer.step()
     tick("optimizer")
     wrong = (scores.detach().argmax(1) != labels).float().mean()
@@ -578,8 +579,9 @@ def test_only(given):
                                std=state["data"]["std"].to(device))
     run = Run(config, data, device, net, net, None, {})
     test = evaluate(run, config.augment != "none")
+    top5 = f"top-5 {test['top5_error']:.2f} %, " * (len(data.classes) > 5)
     say(f"{data.name}, {config.model} after epoch {state['epoch']}: test error "
-        f"{test['error']:.2f} %, top-5 {test['top5_error']:.2f} %, {test['images']:,} images")
+        f"{test['error']:.2f} %, {top5}{test['images']:,} images")
 
 
 def load(run, **given):

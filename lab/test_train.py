@@ -116,13 +116,22 @@ def test_a_key_names_a_result_whatever_the_seed_and_place():
         assert config_key(other) != config_key(one)
 
 
+def test_a_short_run_s_milestones_lie_within_its_epochs():
+    """Two epochs instead of 600: at a third, a half and two thirds, not all at once after one."""
+    config = make_config(dataset="cifar10", epochs=2, lr=1.)
+    assert config.milestones == pytest.approx((2 / 3, 1, 4 / 3))
+    rates = [learning_rate(config, k / 12) for k in range(12)]           # six steps an epoch
+    assert rates == pytest.approx([1] * 4 + [.1] * 2 + [.01] * 2 + [.001] * 4)
+    assert make_config(dataset="cifar10", epochs=2, schedule="one-cycle").milestones == (1, 1, 1)
+
+
 @pytest.mark.parametrize("schedule, rates", [
     ("steps", {0: 1, 199: 1, 200: .1, 300: .01, 400: .001, 599: .001}),
     ("one-cycle", {0: .04, 120: 1, 360: .5, 600: .001})])
 def test_learning_rate(schedule, rates):
     config = make_config(dataset="cifar10", schedule=schedule, lr=1.)
     for epoch, rate in rates.items():
-        assert learning_rate(config, epoch, epoch / 600) == pytest.approx(rate)
+        assert learning_rate(config, epoch / 600) == pytest.approx(rate)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def observed_step(run, x, labels):
     run.optimizer.zero_grad(set_to_none=True)
     (loss + config.lam * feedback).backward()
     torch.nn.utils.clip_grad_norm_(run.net.parameters(), config.clip or math.inf)
-    lr = learning_rate(config, run.epoch, run.progress)
+    lr = learning_rate(config, run.progress)
     run.optimizer.param_groups[0]["lr"] = lr
     before = torch.cat([w.detach().flatten() for w in weights])
     run.optimizer.step()
