@@ -117,12 +117,14 @@ def burst(data_path, steps=400):
         device = start(config)
         run = build_run(config, load_data(config, device), device)
         run.net.train()
-        order, _ = shuffle(len(run.data.train), config.seed, 0)
-        chunks = order[:steps * run.batch].split(run.batch)
         seen = []
-        for images, labels, _ in run.data.train.batches(chunks, device):
-            seen.append(observed_step(run, normalised(images.float() / 255, run.data), labels))
-            run.step += 1
+        while len(seen) < steps:
+            order, _ = shuffle(len(run.data.train), config.seed, run.epoch)
+            chunks = order[:run.steps * run.batch].split(run.batch)[:steps - len(seen)]
+            for images, labels, _ in run.data.train.batches(chunks, device):
+                seen.append(observed_step(run, normalised(images / 255, run.data), labels))
+                run.step += 1
+            run.epoch, run.step = run.epoch + 1, 0
         found[name] = dict(zip(("margin loss", "lambda x divergence", "rate"),
                                map(list, zip(*seen, strict=True)), strict=True))
     figure, axes = canvas(1, 2, height=3.2)
@@ -131,9 +133,8 @@ def burst(data_path, steps=400):
         for k, what in enumerate(("margin loss", "lambda x divergence")):
             left.plot(found[name][what], style, color=COLOURS[k], lw=1, label=f"{what}, {name}")
         right.plot(found[name]["rate"], style, color=COLOURS[2], lw=1, label=name)
-    left.set(xlabel="step", ylabel="norm of the modules' gradient, before clipping", yscale="log")
-    right.set(xlabel="step", yscale="log",
-              ylabel="mean move of a module's weight, in learning rates")
+    left.set(xlabel="step", ylabel="gradient of the modules (norm)", yscale="log")
+    right.set(xlabel="step", ylabel="mean move of a weight / learning rate", yscale="log")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
