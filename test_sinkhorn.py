@@ -240,6 +240,13 @@ def test_defaults_and_pots_halved_convention():
     close(sinkhorn_plan(Q), pot_plan(Q, 0.1, 10))
 
 
+@pytest.mark.parametrize("eps", [1, 0.1, 0.01, 0.001])
+def test_opposite_directions_are_4_apart(eps):
+    """In float32 too, where exp(-2 / 0.01) is 0: then the log form has to be chosen."""
+    x = torch.tensor([[3.0, 4.0]])
+    close(sinkhorn_divergence(x, -x, eps), 4.0, 1e-6)
+
+
 @both_costs
 @given(clouds(), st.floats(0.02, 2), st.randoms(use_true_random=False))
 def test_divergence_of_a_set_with_itself_is_zero(cost, cloud, eps, random):
@@ -449,14 +456,15 @@ def test_a_generated_capsule_sees_its_own_type_only(generator, kind):
     assert moved.tolist() == [generator == "vanilla" or t == kind for t in range(4)]
 
 
-def test_extractor_runs_once_over_both_images():
+@pytest.mark.parametrize("size, stride", [(16, 2), (6, 2), (4, 1)])    # 1 where one number is left
+def test_extractor_runs_once_over_both_images(size, stride):
     """One batch of both, so both meet the same statistics; BatchNorm counts one step a call."""
-    unit, u, v = unit_and_images(size=16)
+    unit, u, v = unit_and_images(size=size)
     first, second = layers(unit, nn.Conv2d)
     assert (first.in_channels, first.out_channels, second.out_channels) == (8, 2, 1)
     z = torch.cat([u, unit.generate(v, u.shape[-2:])])
     z = batch_norm(F.conv2d(z, first.weight, first.bias, 2, 1)).relu()
-    z = batch_norm(F.conv2d(z, second.weight, second.bias, 2, 1)).relu()
+    z = batch_norm(F.conv2d(z, second.weight, second.bias, stride, 1)).relu()
     for got, want in zip(unit.features(u, v), z.flatten(1).chunk(2), strict=True):
         close(got, want)
     norms = layers(unit, nn.BatchNorm2d)
