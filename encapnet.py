@@ -500,15 +500,17 @@ class ComplementConv(nn.Module):
         super().__init__()
         self.types, self.stride, self.padding = types, stride, kernel_size // 2
         self.weight = nn.Conv2d((types - 1) * in_dim, types * out_dim, kernel_size).weight
-        others = [[i for i in range(types) if i != j] for j in range(types)]
-        self.register_buffer("others", torch.tensor(others), persistent=False)       # (G, G-1)
 
     def dense(self):
         """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero."""
         G = self.types
         blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1)).transpose(1, 2)
-        own = torch.arange(G, device=blocks.device)[:, None]
-        full = blocks.new_zeros(G, G, *blocks.shape[2:]).index_put((own, self.others), blocks)
+        blocks = blocks.reshape(G - 1, G, *blocks.shape[2:])             # row by row, six if G = 3
+        zero = torch.zeros_like(blocks[:, :1])
+        # To  0 a b   go the blocks a to f of G = 3 types.  Read on from row to row that is
+        #     c 0 d   0, a b c 0, d e f 0:
+        #     e f 0   one zero, then another after every G blocks.
+        full = torch.cat([zero[0], torch.cat([blocks, zero], 1).flatten(0, 1)]).unflatten(0, (G, G))
         return full.transpose(1, 2).flatten(2, 3).flatten(0, 1)          # (j, i, out, in, k, k)
 
     def forward(self, u):
@@ -792,7 +794,12 @@ class FeedbackUnit(nn.Module):
         return squash_image(u, self.types) if self.types else u
 
     def extract(self, image):
-        """f_phi: image (B, low, H, W) -> features (B, F)."""
+        """f_phi: image (B, low, H, W) -> features (B, F).
+
+        The cosine sees directions alone: once all features, real and generated, have the same one
+        positive position, divergence and gradient are 0 whatever the images are: the trivial
+        minimum, of features that tell no two samples apart.
+        """
         if self.extractor is None:
             return image.flatten(1)
         conv1, norm1, conv2, norm2 = self.extractor
