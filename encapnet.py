@@ -143,7 +143,7 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
 
 def standardise(x):
     """Zero mean and unit variance over the last axis; all equal: 0.   [App. A.i, deviation 5]"""
-    x = x - x.detach().amax(-1, keepdim=True)                            # exact 0 where all equal
+    x = x - x.detach().amax(-1, keepdim=True)       # layer_norm is x / std - mean / std: near 0
     return F.layer_norm(x, x.shape[-1:], eps=1e-10)                      # eps: on the variance
 
 

@@ -210,6 +210,12 @@ def test_routing_is_the_loop(kind, seed, B, n_in, n_out, d, iterations):
         assert_same(got, want, rtol=1e-7 if kind == "em" else 1e-12)
 
 
+@given(seeds, st.integers(2, 300), st.floats(-5, 2))
+def test_standardise_in_float32_is_exact_for_numbers_that_differ_little(seed, n, log_scale):
+    x = 20 + 10 ** log_scale * randn(n, seed=seed).float()
+    assert_same(encapnet.standardise(x), standard_oracle(x.tolist()), 1e-5)
+
+
 @given(seeds, st.integers(2, 4))
 def test_em_with_raw_densities_is_the_loop(seed, iterations):
     args = problem(seed, n_in=12, d=2)
