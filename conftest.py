@@ -201,19 +201,16 @@ def kill_at(k):
     return functools.partial(at_step, k, functools.partial(send, signal.SIGKILL))
 
 
-def kill_in_write(moment):
-    """kill -9 at a moment of the second save: before an os.fsync or os.replace, or after it."""
-    fsync, replace, count = os.fsync, os.replace, iter(range(10**9))
+def kill_in_write(k):
+    """kill -9 before the k-th call that makes what was written last: os.fsync or os.replace."""
+    count = iter(range(1, 10**9))
 
-    def watched(call, name, *words):
-        if name == moment and next(count) == 1:
+    def deadly(call, *words):
+        if next(count) == k:
             send(signal.SIGKILL)
         call(*words)
-        if f"after {name}" == moment and next(count) == 1:
-            send(signal.SIGKILL)
-    os.fsync = lambda fd: watched(
-        fsync, f"fsync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}", fd)
-    os.replace = lambda a, b: watched(replace, f"{Path(a).name} > {Path(b).name}", a, b)
+    os.fsync = functools.partial(deadly, os.fsync)
+    os.replace = functools.partial(deadly, os.replace)
 
 
 def nan_loss(k):

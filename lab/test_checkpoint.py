@@ -2,12 +2,12 @@
 import functools
 import io
 import json
+import logging
 import os
 import pickle
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -17,10 +17,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+import train
 from conftest import (
     FOLDER,
-    HERE,
     Job,
     assert_one_line,
     at_step,
@@ -96,7 +97,7 @@ def half(half_run, place):
     return Path(shutil.copytree(half_run, place / "run"))
 
 
-@pytest.mark.parametrize("steps", [(1,), (4, 3), (7, 2)])
+@pytest.mark.parametrize("steps", [(1, 4, 5), (7, 2)])
 def test_kill_9_at_any_step_then_resume_is_exact(steps, reference, place):
     first, *others = steps
     done = run(place, EXACT, sabotage=[kill_at(first)])
@@ -109,14 +110,6 @@ def test_kill_9_at_any_step_then_resume_is_exact(steps, reference, place):
     assert_same_run(place / "run", reference)
 
 
-def test_steps_since_the_last_save_are_repeated_exactly(reference, place):
-    rarely = EXACT.replace("--save-every 0", "--save-every 1000")
-    assert run(place, rarely, sabotage=[kill_at(6)]).code == -9
-    assert state_of(place / "run")["epoch"] == 0
-    assert run(place, "--resume run --save-every 0").code == 0
-    assert_same_run_but(place / "run", reference, "save_every")
-
-
 def assert_same_run_but(a, b, *fields):
     ours, theirs = log_of(a), log_of(b)
     assert [{**ours[0], **{f: theirs[0][f] for f in fields}}, *ours[1:]] == theirs
@@ -125,18 +118,16 @@ def assert_same_run_but(a, b, *fields):
 
 
 def test_kill_9_at_each_moment_of_writing_a_checkpoint(reference, place):
-    """A save: fsync, rename last to previous, rename new to last, fsync of the folder."""
-    start, seen = EXACT, []
-    for moment in ("fsync last.pt.tmp", "last.pt > previous.pt", "last.pt.tmp > last.pt",
-                   "after last.pt.tmp > last.pt"):
-        act = functools.partial(kill_in_write, moment)
-        assert run(place, start, sabotage=[act]).code == -9
-        seen.append([(place / "run" / name).exists() for name in ("last.pt", "last.pt.tmp")])
+    """Before each call of a save that the disk must see, some run dies, and the next goes on."""
+    start = EXACT
+    for k in range(4, 12):
+        done = run(place, start, sabotage=[functools.partial(kill_in_write, k)])
+        assert done.code == -signal.SIGKILL
+        assert load_checkpoint(place / "run")["epoch"] <= 1
         start = "--resume run"
-    assert seen == [[True, True], [True, True], [False, True], [True, False]]
     assert run(place, "--resume run").code == 0
     assert_same_run(place / "run", reference)
-    assert not (place / "run/last.pt.tmp").exists()
+    assert not list(place.glob("run/*.tmp"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -167,8 +158,7 @@ def flip_a_byte(content):
     return content[:k] + bytes([content[k] ^ 0x10]) + content[k + 1:]
 
 
-@pytest.mark.parametrize("damage", [cut(0), cut(.01), cut(.5), cut(.999), flip_a_byte],
-                         ids=["0", "1%", "50%", "99.9%", "flip"])
+@pytest.mark.parametrize("damage", [cut(0), flip_a_byte], ids=["cut", "flip"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, half, reference, place):
     (half / "last.pt").write_bytes(damage((half / "last.pt").read_bytes()))
     done = run(place, "--resume run")
@@ -205,8 +195,7 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(half, place):
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(reference, place):
-    done = run(place, EXACT, sabotage=[functools.partial(at_step, 6,
-                                                                                full_disk)])
+    done = run(place, EXACT, sabotage=[functools.partial(at_step, 6, full_disk)])
     assert done.code == 1 and "cannot write run/last.pt" in done.out.splitlines()[-1]
     assert state_of(place / "run")["step"] == 1 and not list(place.glob("run/*.tmp"))
     assert run(place, "--resume run").code == 0
@@ -228,7 +217,6 @@ def test_a_nan_is_stopped_named_and_not_saved(act, culprit, step, place):
     assert done.code == 1 and f"epoch 2, step {step}: {culprit} is not finite" in last, last
     assert (state["epoch"], state["step"]) == (1, step - 1)
     assert all(t.isfinite().all() for t in state["net"].values() if t.is_floating_point())
-    assert run(place, "--resume run").code == 0        # without the sabotage all is well
 
 
 def test_a_second_run_in_the_same_folder_is_refused(half, place):
@@ -281,16 +269,30 @@ def test_epochs_may_grow_with_the_run_as_if_planned(reference, place):
 GLOBAL = f"{FOLDER} --workers 0 --weight-decay 0 --output-dir run"
 
 
+def note_what_is_read(file):
+    """Append a process's rank for every image it opens, after a moment."""
+    true, rank = Image.open, os.environ["RANK"]
+
+    def opened(*words):
+        time.sleep(.01)
+        with open(file, "a") as out:
+            out.write(rank)
+        return true(*words)
+    Image.open = opened
+
+
 def test_two_processes_do_what_one_does(place):
     """Loss, feedback over the gathered batch, gradient, and the count of evaluated images."""
     words = GLOBAL + " --optimizer sgd --batch-size 32 --augment ++ --flip --test-images 13"
     for name in ("one", "two"):
         (place / name).mkdir()
         (place / name / "data").symlink_to((place / "data").resolve())
-    pair = two_processes(place / "two", words)
+    act = functools.partial(note_what_is_read, str(place / "read.txt"))
+    pair = two_processes(place / "two", words, sabotage=([act], [act]))
     assert run(place / "one", words).code == 0
     done = [job.wait() for job in pair]
     assert [d.code for d in done] == [0, 0]
+    assert (place / "read.txt").read_text() == 45 * "0" + 45 * "1"    # rank 0 first: it downloads
     assert "test error" in done[0].out and done[1].out == ""          # rank 0 alone speaks
     one, two = state_of(place / "one/run"), state_of(place / "two/run")
     assert list(one["net"]) == list(two["net"])                       # no prefix of DDP
@@ -311,19 +313,11 @@ def test_two_processes_do_what_one_does(place):
     assert len((place / "two/runs/results.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_killed_rank_ends_the_job_which_can_be_resumed(place, tmp_path_factory):
-    words = GLOBAL + " --epochs 3 --save-every 0 --augment +"
-    whole = tmp_path_factory.mktemp("whole")
-    (whole / "data").symlink_to((place / "data").resolve())
-    for job in two_processes(whole, words):
-        assert job.wait().code == 0
-    jobs = two_processes(place, words, sabotage=((), [kill_at(6)]))
+def test_a_killed_rank_ends_the_job(place):
+    jobs = two_processes(place, GLOBAL + " --save-every 0", sabotage=((), [kill_at(2)]))
     done = [job.wait() for job in jobs]
     assert done[1].code == -9 and done[0].code == 1 and "train.py: " in done[0].err, done
-    assert state_of(place / "run")["epoch"] == 1
-    for job in two_processes(place, "--resume run"):
-        assert job.wait().code == 0
-    assert_same_run(place / "run", whole / "run")
+    assert state_of(place / "run")["step"] == 1
 
 
 def test_signal_to_one_rank_stops_both_after_the_same_step(place):
@@ -333,28 +327,34 @@ def test_signal_to_one_rank_stops_both_after_the_same_step(place):
     assert (state_of(place / "run")["epoch"], state_of(place / "run")["step"]) == (0, 2)
 
 
-def test_torchrun_restarts_by_itself(place):
-    """The real torchrun; one rank dies once, on its first start."""
-    script = place / "dies_once.py"
-    script.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import torch
-torch.set_num_threads(1)
-import conftest, lab.fit, train
-if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    conftest.kill_at(6)()
-lab.fit.draw_run = lambda *run: None
-sys.exit(train.main())
-""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--max-restarts", "1", "--master-port", str(port()), str(script),
-               *shlex.split(GLOBAL + " --epochs 3 --save-every 0")]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done
-    assert "going on after epoch 1, step 1" in done.stdout and "test error" in done.stdout
-    assert len(log_of(place / "run")) == 4
+def dies_once(words):
+    """A worker of torchrun's; rank 1 is killed on its first start."""
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        kill_at(6)()
+    sys.exit(train.main(words))
+
+
+def torchrun(address, words):
+    """What torchrun's command line does, with workers that are forked."""
+    logging.disable()                                     # its report of a death has a traceback
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, monitor_interval=.1,
+        rdzv_backend="static", rdzv_endpoint=address, rdzv_configs={"rank": 0}, start_method="fork")
+    elastic_launch(config, dies_once)(words)
+
+
+def test_torchrun_restarts_by_itself(place, tmp_path_factory):
+    """One rank dies once; the restarted job ends as one that nothing happened to."""
+    words = GLOBAL + " --epochs 3 --save-every 0 --augment +"
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "data").symlink_to((place / "data").resolve())
+    for job in two_processes(whole, words):
+        assert job.wait().code == 0
+    act = functools.partial(torchrun, f"127.0.0.1:{port()}", shlex.split(words))
+    done = run(place, "--list", sabotage=[act])           # trains before it lists
+    assert done.code == 0 and "going on after epoch 1, step 1" in done.out, done
+    assert_same_run(place / "run", whole / "run")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -377,9 +377,9 @@ def watch_resources(every, file):
     torch.optim.Adam.step = stepped
 
 
-@pytest.mark.parametrize("epochs", [25, pytest.param(1250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("epochs", [10, pytest.param(1250, marks=pytest.mark.slow)])
 def test_memory_and_open_files_do_not_grow(epochs, place):
-    """16 steps an epoch, a save every other second."""
+    """16 steps an epoch, a save every other second; a look an epoch's worth of steps."""
     act = functools.partial(watch_resources, epochs, str(place / "seen.txt"))
     done = Job(place, FOLDER, f"--batch-size 2 --epochs {epochs} --save-every 2",
                "--set feedback=0 --output-dir run", sabotage=[act]).wait(3600)
@@ -416,7 +416,7 @@ PLAIN = st.recursive(st.none() | st.integers(-3, 3) | st.text(max_size=3) | st.j
                          st.text(max_size=3), inner, max_size=2), max_leaves=4)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_checkpoint_with_a_strange_value_is_one_line(trained, cli, data):
     """Any part replaced by any plain value: what needs it says so, or does without."""

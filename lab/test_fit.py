@@ -327,6 +327,14 @@ def test_an_epochs_line_and_log_are_the_means_of_its_steps(trial, monkeypatch, c
     assert any(values[2] != .5 for *_, values in steps)
 
 
+def test_every_process_has_as_many_images_of_a_batch(trial, monkeypatch):
+    trial(toy_data(train=7), Toy)
+    for processes, batch in ((1, 7), (2, 6), (3, 6), (4, 4)):
+        monkeypatch.setattr(fit, "world", lambda processes=processes: processes)
+        run = fit.Run(config_of(batch_size=12), toy_data(train=7), CPU, None, None, None, {})
+        assert (run.batch, run.steps) == (batch, 7 // batch)
+
+
 def one_epoch(seed, epoch, monkeypatch):
     """Weights at the start, the images in their order and the draws of each image, of an epoch."""
     data = toy_data(train=24)

@@ -59,17 +59,17 @@ def test_help_and_list(cli, capsys):
 
 
 @pytest.mark.parametrize("words, wanted", [
-    ("--modle encapnet", "--modle"), ("--model encapnet7", "encapnet6"),
-    ("--dataset cifar", "cifar10"),
-    ("--epochs -1", "at least 0"), ("--lr nan", "--lr"), ("--lr x", "must be a number"),
-    ("--batch-size 0", "at least 1"), ("--batch-size 1.5", "whole number"),
+    ("--modle encapnet", "--modle"),
+    ("--model encapnet7", "encapnet6"), ("--dataset cifar", "cifar10"),
+    ("--epochs -1", "--epochs"), ("--lr nan", "--lr"), ("--lr x", "'x'"),
+    ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "1.5"), ("--clip -1", "--clip"),
     ("--set types", "KEY=VALUE"), ("--table 9", "--table"), ("--loss hinge", "spread-fixed"),
     ("--device tpu9", "--device"), ("--set tipes=2 --train-images 9", "types"),
     ("--set types=0 --train-images 9", "types"), ("--model resnet18 --loss margin", "logits"),
-    ("--resume nowhere", "nowhere"), ("--resume", "no unfinished run"),
-    ("--test-only", "no run"), ("--predict x.png --resume nowhere", "nowhere"),
-    ("--table 3 --row nothing", "no such row"), ("--table 3 --model encapnet", "--model"),
-    ("--report", "README.md"), ("extra", "extra"), ("--milestones 0", "at least 1"),
+    ("--resume nowhere", "nowhere"), ("--resume", "runs"),
+    ("--test-only", "runs"), ("--predict x.png --resume nowhere", "nowhere"),
+    ("--table 3 --row nothing", "nothing"), ("--table 3 --model encapnet", "--model"),
+    ("--report", "README.md"), ("extra", "extra"), ("--milestones 0", "--milestones"),
 ])
 def test_a_mistake_is_one_line(words, wanted, cli):
     assert_one_line(cli(words), wanted)
@@ -123,15 +123,6 @@ def test_a_short_run_s_milestones_lie_within_its_epochs():
     rates = [learning_rate(config, k / 12) for k in range(12)]           # six steps an epoch
     assert rates == pytest.approx([1] * 4 + [.1] * 2 + [.01] * 2 + [.001] * 4)
     assert make_config(dataset="cifar10", epochs=2, schedule="one-cycle").milestones == (1, 1, 1)
-
-
-@pytest.mark.parametrize("schedule, rates", [
-    ("steps", {0: 1, 199: 1, 200: .1, 300: .01, 400: .001, 599: .001}),
-    ("one-cycle", {0: .04, 120: 1, 360: .5, 600: .001})])
-def test_learning_rate(schedule, rates):
-    config = make_config(dataset="cifar10", schedule=schedule, lr=1.)
-    for epoch, rate in rates.items():
-        assert learning_rate(config, epoch / 600) == pytest.approx(rate)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -219,7 +210,7 @@ WORDS = st.one_of(
     st.text(max_size=5).filter(lambda text: "\0" not in text))
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(WORDS, max_size=6))
 @example(["--set", "types=" + "9" * 5000])
 @example(["--resume", "\0"])
