@@ -4,6 +4,7 @@ Runs without faults go through train.main in this process; faults are caused for
 forked from a server that has imported torch once (a fork costs 0.1 s, an import 5).
 """
 import functools
+import math
 import multiprocessing
 import os
 import resource
@@ -240,3 +241,24 @@ def trained(tmp_path_factory, pictures):
     (folder / "data").symlink_to(pictures)
     assert run(folder, FOLDER, "--epochs 2 --output-dir run").code == 0
     return folder / "run"
+
+
+# ------------------------------------------------------------------------------------------------
+# Oracles that several rooms need
+# ------------------------------------------------------------------------------------------------
+
+
+def agreement_by_hand(layer, u, v, labels):
+    """Vote by vote: cosine with the true class's capsule v (B, K, d), in bins of a tenth."""
+    count, total = np.zeros(20), np.zeros(20)
+    W, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias if layer.bias is not
+                                                     None else torch.zeros(1)))
+    u, v = u.double().numpy(), v.double().numpy()
+    for b, j in enumerate(labels.tolist()):
+        for g in range(u.shape[1]):
+            for p in range(u.shape[2]):
+                vote = u[b, g, p] @ W[g, :, j] + (bias[g, j] if bias.ndim > 1 else 0)
+                cosine = vote @ v[b, j] / np.linalg.norm(vote) / np.linalg.norm(v[b, j])
+                k = min(19, math.floor((cosine + 1) * 10))
+                count[k], total[k] = count[k] + 1, total[k] + np.linalg.norm(vote)
+    return 100 * count / count.sum(), total / np.maximum(1, count)

@@ -37,15 +37,20 @@ def blob(u, v):
     return torch.exp(-((at - u)**2 + (at[:, None] - v)**2) / .003).unsqueeze(0)
 
 
+RANGES = {"x": (-3, 3), "y": (-3, 3), "rotation": (-25, 25), "height": (15.157, 24.623),
+          "shear": (-.3, .3)}             # pixels from the middle, degrees, pixels, lean
+
+
 @pytest.mark.parametrize("split", [True, False])
 def test_digits_shapes_ranges_balance(split):
-    images, labels, poses = draw_digits(1000, split, 3)
-    assert images.shape == (1000, 3, 32, 32) and images.dtype == torch.uint8
-    assert labels.dtype == torch.int64 and labels.bincount().tolist() == 10 * [100]
-    assert poses.shape == (1000, len(POSE)) and poses.dtype == torch.float32
-    for column, (low, high) in zip(poses.T, POSE.values(), strict=True):
-        assert low <= column.min() < low + .1 * (high - low)
-        assert high >= column.max() > high - .1 * (high - low)
+    images, labels, poses = draw_digits(600, split, 3)
+    assert images.shape == (600, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.dtype == torch.int64 and labels.bincount().tolist() == 10 * [60]
+    assert poses.shape == (600, len(POSE)) and poses.dtype == torch.float32
+    poses[:, 3] = 20 * 2 ** poses[:, 3]                           # a height of 15 to 25 pixels
+    for column, (low, high) in zip(poses.T, RANGES.values(), strict=True):
+        assert low - 1e-3 <= column.min() < low + .1 * (high - low)
+        assert high + 1e-3 >= column.max() > high - .1 * (high - low)
     assert images.float().std((1, 2, 3)).min() > 5                # no image is blank
     assert [len(part) for part in draw_digits(0, split)] == [0, 0, 0]
 
@@ -122,6 +127,36 @@ def test_glyphs_posed_keep_their_moments():
         assert torch.allclose(same, mass, rtol=.02)
     assert torch.allclose(moments(posed(glyphs, scale=-.5))[0], mass / 2, rtol=.03)
     assert torch.allclose(moments(posed(glyphs, shear=.3))[0], mass, rtol=.02)
+
+
+def test_two_neighbours_in_three_stand_on_the_line_beyond_the_digit_as_high_as_it(monkeypatch):
+    """Ink left and right of the digit's box, in its own frame; a gap next to it, none above."""
+    monkeypatch.setitem(TYPEFACES, "train", ["DejaVuSans-Bold"])
+    images, labels, poses = draw_digits(600, True, 1)
+    widths = rasterise(TYPEFACES["train"])[1][0][labels]          # in heights
+    x, y, rotation, scale, shear = poses.T[:, :, None, None]
+    at = torch.arange(32.) - 15.5
+    dx, dy = at - x, at[:, None] - y                              # (b, 32, 32) from the middle
+    cos, sin = rotation.deg2rad().cos(), rotation.deg2rad().sin()
+    height = 20 * 2**scale
+    v = (sin * dx + cos * dy) / height                            # heights down, and right
+    u = (cos * dx - sin * dy) / height + shear * v
+    beyond = u.abs() - widths[:, None, None] / 2
+    ground = images.float().flatten(2).median(2).values[..., None, None]
+    ink = (images - ground).abs().sum(1) > 90
+    line = v.abs() < .4
+    sides = []
+    for side in (u < 0, u > 0):
+        there = side & line & (beyond > .35) & (beyond < .5)
+        enough = there.flatten(1).sum(1) > 12                     # not cut off by the border
+        sides.append(((ink & there).flatten(1).sum(1) > 0)[enough].float().mean())
+    assert all(.55 < share < .8 for share in sides), sides
+    gap = (line & (beyond > .02) & (beyond < .06)).flatten(1)
+    inside = (line & (beyond < 0)).flatten(1)
+    above = (u.abs() < .3) & (v.abs() > .57) & (v.abs() < .8)
+    shares = [(ink.flatten(1) & where.flatten(1)).sum() / where.sum()
+              for where in (inside, gap, above)]
+    assert shares[0] > .4 and max(shares[1:]) < .5 * shares[0], shares
 
 
 @pytest.mark.parametrize("split", [True, False])

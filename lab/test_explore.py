@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,24 @@ from matplotlib.figure import Figure
 
 import encapnet
 import train
-from conftest import HERE
-from lab import explore
+from conftest import HERE, agreement_by_hand
+from lab import digits, explore, fit
 from lab.config import make_config
-from lab.data import normalised
-from lab.fit import agreement, make_model
+from lab.fit import make_model
 from lab.runtime import Problem
 
-MODELS = {"encapnet": "encapnet-small --set types=2 --set dims=(1,1,2,2)",
-          "again": "encapnet-small --set types=2 --set dims=(1,1,2,2) --seed 1",
-          "em": "capnet-em --set types=2", "cnn": "cnn-same --set width=0.1"}
+SMALL = "encapnet-small --set types=2 --set dims=(1,1,2,2) --set feedback=2"
+MODELS = {"encapnet": SMALL, "again": f"{SMALL} --seed 1", "em": "capnet-em --set types=1",
+          "cnn": "cnn-same --set width=0.1 --seed 5"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_typeface():
+    """Digits are drawn in one typeface a split: sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        for split, name in (("train", "DejaVuSans"), ("test", "cmss10")):
+            patch.setitem(digits.TYPEFACES, split, [name])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +40,9 @@ def runs(tmp_path_factory):
     place, folders = tmp_path_factory.mktemp("explore"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(fit, "draw_run", lambda *run: None)
         for name, model in MODELS.items():
-            flags = ("--train-images 64 --test-images 40 --batch-size 4 --epochs 1 --device cpu "
+            flags = ("--train-images 32 --test-images 40 --batch-size 8 --epochs 1 --device cpu "
                      f"--output-dir {name} --model {model}")
             assert train.main(flags.split()) == 0
             folders[name] = place / name
@@ -41,14 +51,17 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def fewer(monkeypatch):
-    monkeypatch.setattr(explore, "DRAWN", 200)
+    monkeypatch.setattr(explore, "DRAWN", 100)
 
 
 @pytest.mark.parametrize("name, parts", [("encapnet", "1235"), ("em", "134"), ("cnn", "1")])
-def test_explain_draws_the_parts_that_apply_and_says_what_it_left_out(name, parts, runs, fewer):
+def test_explain_draws_the_parts_that_apply_and_says_what_it_left_out(name, parts, runs, fewer,
+                                                                      monkeypatch):
+    if name != "encapnet":                                             # one page is enough
+        monkeypatch.setattr(explore, "save_figure", lambda figure, path: None)
     beside = [] if name == "cnn" else ["--beside", str(runs["cnn"])]
     assert explore.main(["explain", str(runs[name]), *beside]) == 0
-    assert (runs[name] / "explain.png").read_bytes()[:4] == b"\x89PNG"
+    assert name != "encapnet" or (runs[name] / "explain.png").read_bytes()[:4] == b"\x89PNG"
     numbers = json.loads((runs[name] / "explain.json").read_text())
     assert "".join(key[0] for key in numbers if key[0].isdigit()) == parts
     left_out = re.findall(r"Left out: (\d)", "\n".join(numbers["notes"]))
@@ -58,19 +71,91 @@ def test_explain_draws_the_parts_that_apply_and_says_what_it_left_out(name, part
     assert all(r <= 1 for fit in poses.values() for r in fit.values())
 
 
-def test_explain_s_numbers_are_those_of_the_network(runs, fewer):
-    run, figure = explore.load(runs["encapnet"]), Figure(layout="constrained")
-    drawn = explore.draw_coefficients(run, figure)
-    layer = explore.capconvs(run)[0]
-    (given, _), = explore.record(run, run.images(60)[0], [layer])
-    means = [m.mean().item() for m in layer.branches(given[0])[2:]]
-    found = [v["mean"] for k, v in drawn.items() if k.endswith("16x16")]
-    assert found == pytest.approx(means) and list(drawn)[0].startswith("m1 master")
-    em = explore.load(runs["em"])
-    drawn = explore.draw_polarisation(em, figure)
-    x, labels = em.images(64)
-    assert drawn["trained"] == agreement(em.net, normalised(x, em.data), labels)
-    assert drawn["untrained"] != drawn["trained"]
+def test_coefficients_are_m1_of_the_master_and_m2_of_the_aide(runs):
+    """Convolutions of which the bias is left: numbers known type by type, of 2 types."""
+    run = explore.load(runs["encapnet"])
+    layers = [m for m in run.net.modules() if isinstance(m, encapnet.CapConv)]
+    for layer in layers:
+        layer.from_v1.weight.zero_(), layer.from_v2.weight.zero_()
+        layer.from_v1.bias.copy_(torch.tensor([1., 2, -3, 4]))         # m1 m2 of a type adjoin
+    numbers = explore.draw_coefficients(run, Figure(layout="constrained"))
+    assert len(numbers) == 4 and {label[:2] for label in numbers} == {"m1", "m2"}
+    for label, found in numbers.items():
+        assert ("master" in label) == label.startswith("m1") != ("aide" in label)
+        expected = (-1, 2, 0.5) if "m1" in label else (3, 1, 0)        # of 1 and -3, of 2 and 4
+        assert tuple(found.values()) == pytest.approx(expected, rel=1e-3), label
+
+
+def test_polarisation_is_the_agreement_before_and_after_training(runs):
+    run, seen = explore.load(runs["em"]), []
+    numbers = explore.draw_polarisation(run, Figure(layout="constrained"))
+    x = (run.data.test.images / 255 - run.data.mean.view(3, 1, 1)) / run.data.std.view(3, 1, 1)
+    run.net.routed[1].register_forward_hook(lambda layer, given, out: seen.append((given[0], out)))
+    run.net(x)
+    u, (pose, _) = seen[0]
+    percent, length = agreement_by_hand(run.net.routed[1], u, pose, run.data.test.labels)
+    np.testing.assert_allclose(numbers["trained"]["percent"], percent, atol=0.2)
+    np.testing.assert_allclose(numbers["trained"]["length"], length, rtol=0.05)
+    assert numbers["untrained"] != numbers["trained"]
+
+
+def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated_one(runs):
+    """Two units a module: from its output to its input, and to what its type II layers take."""
+    run = explore.load(runs["encapnet"])
+    for module in run.net.modules():                                   # no image is constant
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.bias.fill_(0.5)
+    numbers = explore.draw_feedback(run, Figure(layout="constrained"))
+    net, test = run.net, run.data.test
+    u, pairs = net.stem((test.images / 255 - run.data.mean.view(3, 1, 1))
+                        / run.data.std.view(3, 1, 1)), []
+    for module in net.blocks:
+        w, v = module(u)
+        pairs, u = [*pairs, (u, v), (w, v)], v
+    assert len(pairs) == len(net.units) == len(numbers["all channels"]) == 6
+
+    def lengths(image):
+        return np.linalg.norm(image.reshape(len(image), 2, -1, *image.shape[2:]), axis=2).mean(1)
+
+    def correlation(a, b):
+        return np.mean([np.corrcoef(x.ravel(), y.ravel())[0, 1] for x, y in zip(a, b, strict=True)])
+    for k, (unit, (low, high)) in enumerate(zip(net.units, pairs, strict=True)):
+        real, made = (z.double().numpy() for z in (low, unit.generate(high, low.shape[-2:])))
+        expected = {"all channels": correlation(real, made),
+                    "capsule lengths": correlation(lengths(real), lengths(made)),
+                    "lengths, other image": correlation(lengths(real),
+                                                        np.roll(lengths(made), 1, 0))}
+        found = {name: values[f"unit {k + 1}"] for name, values in numbers.items()}
+        assert found == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_pose_panel_tells_what_each_runs_features_tell(runs, monkeypatch):
+    """Features that are some of the poses: those are told wholly, others not; no two runs mixed."""
+    monkeypatch.setattr(explore, "DRAWN", 600)
+    run, cnn = (explore.load(runs[name]) for name in ("encapnet", "cnn"))
+    poses = run.digits(600)[2].double()
+    known = {id(run.net): [0, 2], id(cnn.net): [1, 4]}                 # else: scale
+    monkeypatch.setattr(explore, "features", lambda r, x, labels: torch.cat(
+        [poses[:, known.get(id(r.net), [3])], torch.randn(600, 14).double()], 1))
+    numbers = explore.draw_pose(run, Figure(layout="constrained"), cnn)
+    told = {name: {factor for factor, share in found.items() if share > 0.99}
+            for name, found in numbers.items()}
+    assert told == {run.name: {"x", "rotation"}, "untrained": {"scale"},
+                    f"cnn-same, {cnn.size:,} weights": {"y", "shear"}}
+    assert all(share < 0.7 for name, found in numbers.items() for factor, share in found.items()
+               if factor not in told[name])
+
+
+@pytest.mark.parametrize("n", [7, 40, 100])
+def test_images_looked_at_are_test_images_spread_over_all_of_them(n, runs):
+    run = explore.load(runs["encapnet"])
+    images, labels = run.images(n)
+    assert len(images) == len(labels) == min(n, 40)
+    place = [next(k for k, image in enumerate(run.data.test.images) if torch.equal(x, image / 255))
+             for x in images]
+    assert labels.tolist() == run.data.test.labels[place].tolist()
+    steps = {b - a for a, b in zip(place[:-1], place[1:], strict=True)}
+    assert (place[0], place[-1]) == (0, 39) and max(steps) - min(steps) <= 1 <= min(steps)
 
 
 def test_untrained_is_the_network_before_training(runs):
@@ -187,24 +272,44 @@ def test_objectives_see_what_the_loss_hides(runs):
     assert gradient["loss"].eq(0).all() and gradient["margin"].gt(1).all()
 
 
-def test_robustness_of_seeds_side_by_side(runs, capsys):
-    place = runs["encapnet"].parent
-    small = "--images 40 --steps 2 --restarts 1 --eps 4 64 --device cpu".split()
+def test_robustness_of_seeds_side_by_side(runs, capsys, monkeypatch):
+    place, figures = runs["encapnet"].parent, []
+    monkeypatch.setattr(explore, "save_figure", lambda figure, path: figures.append(figure))
+    small = "--images 50 --steps 1 --restarts 1 --eps 4 64 --device cpu".split()
     paths = [str(runs[name]) for name in ("encapnet", "again", "cnn")]
     assert explore.main(["robustness", *paths, *small, "--output-dir", str(place / "out")]) == 0
     out = capsys.readouterr().out
-    header = next(line for line in out.splitlines() if line.startswith("| error"))
-    assert "dims=(1, 1, 2, 2) (2)" in header and "cnn-same width=0.1 (1)" in header
-    assert "+-" in out and "2 steps of 2.5 eps / 2, 1 restarts" in out
+    header, *rows = ([cell.strip() for cell in line.strip("|").split("|")]
+                     for line in out.splitlines() if line.startswith("| "))
+    assert header[1].endswith("dims=(1, 1, 2, 2) feedback=2 (2)")
+    assert header[2] == "cnn-same width=0.1 (1)"
     lines = [json.loads(line) for line in (place / "out/robustness.jsonl").read_text().splitlines()]
-    assert len(lines) == 3
-    for line in lines:
+    assert [line["seed"] for line in lines] == [0, 1, 5] and lines[0]["images"] == 40
+    seen = {row[0]: row[1:] for row in rows}
+    for path, line in zip(paths, lines, strict=True):
         errors = line["errors"]
+        tested = json.loads((explore.Path(path) / "result.json").read_text())["error"]
+        assert errors["clean"]["0"] == pytest.approx(tested)           # the same 40 images
         assert set(explore.CHANGES) < set(errors)
         for eps in ("4", "64"):
             single = [errors[a][eps] for a in ("random signs", "FGSM", "PGD", "PGD margin")]
             assert errors["clean"]["0"] <= max(single) <= errors["any attack"][eps] <= 100
-    assert (place / "out/robustness.png").exists()
+    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    for test, strengths in lines[0]["errors"].items():
+        values = {s: np.array([line["errors"][test][s] for line in lines]) for s in strengths}
+        for s, (one, two, cnn) in values.items():
+            assert seen[f"{test} {s}" if test != "clean" else test] == [
+                f"{(one + two) / 2:.1f} +- {abs(one - two) / 2 ** 0.5:.1f}", f"{cnn:.1f}"]
+        if test in panels:                                             # from no change at all on
+            clean = np.array([line["errors"]["clean"]["0"] for line in lines])
+            points = np.array([clean, *values.values()])
+            for curve, mean, head in zip(panels[test].containers, (points[:, :2].mean(1),
+                                         points[:, 2]), header[1:], strict=True):
+                assert curve.get_label() == head.rpartition(" (")[0]
+                np.testing.assert_allclose(curve.lines[0].get_ydata(orig=False), mean)
+                np.testing.assert_allclose(curve.lines[0].get_xdata(orig=False),
+                                           [0, *map(float, strengths)])
+    assert len(panels) == 8
 
 
 def test_runs_of_other_settings_are_not_seeds_of_one(runs, capsys):

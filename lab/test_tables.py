@@ -16,7 +16,7 @@ from PIL import Image
 
 import encapnet
 import train
-from conftest import assert_one_line, state_of
+from conftest import agreement_by_hand, assert_one_line, state_of
 from lab import bench, figures, fit, tables
 from lab.config import config_key, make_config
 from lab.fit import agreement, make_model, record
@@ -405,22 +405,6 @@ class Toy(torch.nn.Module):
         assert not self.training
         a = (torch.full((len(u), u.shape[1] * u.shape[2]), 0.5),) if self.routing == "em" else ()
         return [layer(u, *a) for layer in self.routed][1]
-
-
-def agreement_by_hand(layer, u, v, labels):
-    """Vote by vote: cosine with the true class's capsule v (B, K, d), in bins of a tenth."""
-    count, total = np.zeros(20), np.zeros(20)
-    W, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias if layer.bias is not
-                                                     None else torch.zeros(1)))
-    u, v = u.double().numpy(), v.double().numpy()
-    for b, j in enumerate(labels.tolist()):
-        for g in range(u.shape[1]):
-            for p in range(u.shape[2]):
-                vote = u[b, g, p] @ W[g, :, j] + (bias[g, j] if bias.ndim > 1 else 0)
-                cosine = vote @ v[b, j] / np.linalg.norm(vote) / np.linalg.norm(v[b, j])
-                k = min(19, math.floor((cosine + 1) * 10))
-                count[k], total[k] = count[k] + 1, total[k] + np.linalg.norm(vote)
-    return 100 * count / count.sum(), total / np.maximum(1, count)
 
 
 @pytest.mark.parametrize("routing", ["dynamic", "em"])
