@@ -430,15 +430,19 @@ def test_a_folder_of_images_of_every_kind(cli):
         palette.save(folder / "clear.gif", transparency=0)
         grey.convert("1").save(folder / "bits.png")
         grey.resize((64, 48)).save(folder / "wide.jpg")
+        (Path("own") / split / "steps").mkdir()
+        grey.convert("1").save(Path("own") / split / "steps" / "one.png")
     data = load(dataset="folder", data_path="own", model="encapnet-small")
     names = sorted(p.name for p in Path("own/train/ramp").iterdir())
-    pixels = dict(zip(names, data.train.images.int(), strict=True))
-    assert data.train.images.shape == (10, 3, 32, 32)
+    pixels = dict(zip(names, data.train.images.int(), strict=False))
+    assert data.train.images.shape == (11, 3, 32, 32)
     for name in (*kinds, "turned.png"):
         assert (pixels[name] - torch.tensor(ramp).int()).abs().max() <= 4, name
     assert set(pixels["bits.png"].unique().tolist()) == {0, 255}
     done = cli("--dataset folder --data-path own --epochs 1", NARROW, "--batch-size 5")
-    assert done.code == 0 and "own: 10 + 10 images" in done.out
+    assert done.code == 0 and "own: 11 + 11 images" in done.out
+    shutil.rmtree("own/train/steps"), shutil.rmtree("own/test/steps")
+    assert_one_line(cli("--dataset folder --data-path own --epochs 1", NARROW), "one class, ramp")
 
 
 @pytest.fixture
