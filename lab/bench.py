@@ -1,14 +1,14 @@
-"""Speed and memory: of training, and of its parts beside what a user would pick instead.
+"""Speed and memory: of a training step, and of its parts beside what a user would pick instead.
 
-    python train.py --bench                 a training step of a model: images/s, its parts, memory
-    python train.py --bench routing         routing without votes against routing of votes
-    python train.py --bench sinkhorn        the divergence against POT and geomloss
-    python train.py --bench network         EncapNet against a straightforward one; cost of feedback
-    python train.py --bench scaling         what grows how; draws runs/scaling.png
+    python train.py --bench [--model M ...]    a training step: images/s, its parts, memory
+    python -m lab.bench routing                routing without votes against routing of votes
+    python -m lab.bench sinkhorn               the divergence against POT and geomloss
+    python -m lab.bench network                EncapNet: what --compile saves, what feedback adds
+    python -m lab.bench scaling                what grows how; draws runs/scaling.png
 
-Everything here is measured forward and backward, on a GPU with the device waited for, on a CPU with
-one thread (but for a training step).  There memory, and the time of routing, are those of a process
-of its own; divergences and networks are timed in turn in one process, so that drift meets all.
+Everything is measured forward and backward, on a GPU with the device waited for, on a CPU with one
+thread (but for a training step).  There memory, and the time of routing, are those of a process of
+its own; divergences and networks are timed in turn in one process, so that drift meets all.
 """
 import itertools
 import multiprocessing
@@ -21,17 +21,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.utils._pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import encapnet
 from encapnet import RoutedCapsules, squash
-from lab.config import cost_key, make_config
+from lab.config import Parser, cost_key, make_config
 from lab.data import Data, Split
-from lab.figures import canvas, save_figure
+from lab.figures import draw_scaling
 from lab.fit import build_run, environment, record, start, train_step
-from lab.runtime import RUNS, Problem, rank, say, world
+from lab.runtime import RUNS, Problem, guarded, rank, say, world
 
 # ------------------------------------------------------------------------------------------------
 # A training step
@@ -203,10 +200,11 @@ def compare(what, ours, peers, device):
         line = {"what": what, "instead": name, "ours_seconds": ours[0], "seconds": seconds,
                 "ours_MB": ours[1] and ours[1] / 1e6, "MB": memory and memory / 1e6,
                 **{name: where[name] for name in ("device", "commit", "torch", "command")}}
-        say(f"{what}: {1e3 * ours[0]:,.1f} ms"
-            + (f"; {name}: {1e3 * seconds:,.1f} ms, {seconds / ours[0]:.2f} x" if seconds else ""))
+        say(f"{what}: {1e3 * ours[0]:,.1f} ms; {name}: "
+            + (f"{1e3 * seconds:,.1f} ms, ratio {seconds / ours[0]:.2f}" if theirs else "not run"))
         if rank() == 0:
             record({"speed": line})
+
 
 # ------------------------------------------------------------------------------------------------
 # Routing
@@ -252,21 +250,23 @@ def routing_step(routing, form, batch, shape, device, iterations=3):
     return step
 
 
+def routing_cost(routing, form, batch, shape, device):
+    """(seconds, bytes) of that."""
+    warm_up = (routing_step, routing, form, 1, {**TINY, "positions": min(16, shape["positions"])})
+    return costs([warm_up, (routing_step, routing, form, batch, shape)], device)[0]
+
+
 def bench_routing(device, batches=(1, 4, 128), shape=TABLE_1):
     """The layer of Table 1 without votes and with; Sabour's DigitCaps against textbook code."""
     for routing, batch in itertools.product(("dynamic", "em"), batches):
-        what = f"{routing} routing, batch {batch}"
-        def cost(form, routing=routing, batch=batch):
-            return costs([(routing_step, routing, form, 1, TINY),
-                          (routing_step, routing, form, batch, shape)], device)[0]
-        votes = cost("votes") if batch <= 4 else None                    # or hundreds of GB
-        compare(what, cost("factored"), {"votes": votes}, device)
+        votes = batch <= 4 and routing_cost(routing, "votes", batch, shape, device)   # else 100s GB
+        compare(f"{routing} routing, batch {batch}",
+                routing_cost(routing, "factored", batch, shape, device), {"votes": votes}, device)
     for batch in (1, 16, 64):
-        form = {name: costs([(routing_step, "dynamic", name, 1, TINY | dict(positions=1)),
-                             (routing_step, "dynamic", name, batch, DIGITCAPS)], device)[0]
-                for name in ("factored", "textbook")}
-        compare(f"DigitCaps 1152x8 -> 10x16, batch {batch}", form["factored"],
-                {"textbook code": form["textbook"]}, device)
+        ours, textbook = (routing_cost("dynamic", form, batch, DIGITCAPS, device)
+                          for form in ("factored", "textbook"))
+        compare(f"DigitCaps 1152x8 -> 10x16, batch {batch}", ours, {"textbook code": textbook},
+                device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -275,10 +275,6 @@ def bench_routing(device, batches=(1, 4, 128), shape=TABLE_1):
 
 EPS, ITERATIONS = 0.1, 10
 OURS = partial(encapnet.sinkhorn_divergence, eps=EPS, iterations=ITERATIONS)
-
-
-def cosine_costs(x, y):
-    return torch.stack([encapnet.cosine_cost(*pair) for pair in ((x, y), (x, x), (y, y))])
 
 
 def with_pot(x, y):
@@ -293,18 +289,13 @@ def with_pot(x, y):
     return 2 * W(x, y) - W(x, x) - W(y, y)
 
 
-def with_pot_batch(solve, x, y):
-    """Eq. (11) by a batch solver of POT, its three problems at once."""
-    Q = cosine_costs(x, y)
+def with_pot_batch(x, y):
+    """Eq. (11) by the fastest of POT's batch solvers, its three problems at once."""
+    from ot.batch import bregman_projection_batch
+    Q = torch.stack([encapnet.cosine_cost(*pair) for pair in ((x, y), (x, x), (y, y))])
     marginals = [torch.full(Q.shape[:-1], 1 / n).to(Q) for n in Q.shape[1:]]
-    if solve == "projection":
-        from ot.batch import bregman_projection_batch
-        plan = bregman_projection_batch((-Q.detach() / EPS).exp(), *marginals,
-                                        max_iter=ITERATIONS, tol=0)["T"]
-    else:
-        from ot.batch import solve_batch
-        plan = solve_batch(Q.detach(), EPS, *marginals, max_iter=ITERATIONS, tol=0, method=solve,
-                           grad="detach").plan
+    plan = bregman_projection_batch((-Q.detach() / EPS).exp(), *marginals,
+                                    max_iter=ITERATIONS, tol=0)["T"]
     return encapnet.debias(*(Q * plan).sum((1, 2)))
 
 
@@ -315,9 +306,7 @@ def with_geomloss(loss, x, y):
 
 def divergences():
     """{name: function (x, y) -> divergence} of what is installed."""
-    found = {"ot.sinkhorn": with_pot}
-    for solve in ("projection", "sinkhorn", "log_sinkhorn"):
-        found[f"POT batch, {solve}"] = partial(with_pot_batch, solve)
+    found = {"ot.sinkhorn": with_pot, "POT batch, projection": with_pot_batch}
     try:
         from geomloss import SamplesLoss
         loss = SamplesLoss("sinkhorn", p=1, blur=EPS, diameter=2, backend="tensorized",
@@ -363,101 +352,30 @@ def bench_sinkhorn(device, batch=128, dim=16, units=8):
 # ------------------------------------------------------------------------------------------------
 
 
-def plain_squash_image(s, types):
-    """squash_image as it is commonly written: capsules permuted to the last axis and back."""
-    B, C, H, W = s.shape
-    s = s.reshape(B, types, C // types, H, W).permute(0, 1, 3, 4, 2).contiguous()
-    length = s.norm(dim=-1, keepdim=True)
-    v = length ** 2 / (1 + length ** 2) * s / (length + 1e-8)
-    return v.permute(0, 1, 4, 2, 3).contiguous().view(B, C, H, W)
-
-
-def network_step(form, feedback, batch, model, changes, device):
-    """A training step of a network: "plain", "ours" (channels_last) or "compiled" (both)."""
-    ours = form != "plain"
+def network_step(changes, compiled, batch, model, device):
+    """A training step of a network, channels-last, on random images."""
     config = make_config(dataset="cifar10", model=model, batch_size=batch, device=str(device),
-                         channels_last=ours, compile=form == "compiled",
-                         amp=device.type == "cuda",
-                         set={**changes, "feedback": feedback})
+                         channels_last=True, compile=compiled, amp=device.type == "cuda",
+                         set=changes)
     run = build_run(config, random_data(config, device), device)
     run.net.train()
     draws = torch.rand(batch, 7, device=device)
-
-    def step():
-        before = encapnet.squash_image
-        encapnet.squash_image = before if ours else plain_squash_image
-        try:
-            train_step(run, run.data.train.images, run.data.train.labels, draws)
-        finally:
-            encapnet.squash_image = before
-    return step
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the bytes that every operation reads and writes, views aside."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        read = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        written = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-        if not operation.is_view:
-            self.bytes += sum(x.numel() * x.element_size() for x in read + written)
-        return result
-
-
-def ceilings(device):
-    """What the device reaches: operations a second (a GPU: in bfloat16), bytes a second."""
-    n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
-    x, y = (torch.zeros(2 ** 26, device=device) for _ in range(2))
-    return (2 * n ** 3 / timed(lambda: torch.mm(a, b), device),
-            2 * x.numel() * x.element_size() / timed(lambda: y.copy_(x), device))
-
-
-def bench_budget(device, batch, model, changes):
-    """Operations and bytes of a training step, beside what the device could do in that time."""
-    step = network_step("ours", 0, batch, model, changes, device)
-    step()
-    with FlopCounterMode(display=False) as operations, Traffic() as traffic:
-        step()
-    flops, moved, seconds = operations.get_total_flops(), traffic.bytes, timed(step, device)
-    top_flops, top_bytes = ceilings(device)
-    bound = max(flops / top_flops, moved / top_bytes)
-    say(f"{model}, batch {batch}: {flops / 1e9:,.1f} GFLOP and {moved / 1e9:,.2f} GB a step, at "
-        f"{top_flops / 1e9:,.0f} GFLOP/s and {top_bytes / 1e9:,.1f} GB/s at least "
-        f"{flops / top_flops:,.2f} s and {moved / top_bytes:,.2f} s; takes {seconds:,.2f} s, "
-        f"{100 * bound / seconds:.0f} % of the roofline")
-    record({"budget": {"model": model, "batch": batch, "flops": flops, "bytes": moved,
-                       "seconds": seconds, "flops_a_second": top_flops,
-                       "bytes_a_second": top_bytes, **on_one_thread(device)}})
-
-
-def network_seconds(forms, sizes, device):
-    """Seconds of a training step of each (form, units) of a dict, in turn on one CPU thread."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    torch.manual_seed(0)
-    return timed_in_turn({name: network_step(*form, *sizes, device)
-                          for name, form in forms.items()}, device, budget=60.0)
+    return lambda: train_step(run, run.data.train.images, run.data.train.labels, draws)
 
 
 def bench_network(device, batch=None, model="encapnet", changes=None):
-    """EncapNet v1 against permuting code in torch's default layout; what feedback units add."""
+    """EncapNet v1: eager against --compile, and what feedback units add."""
     batch, changes = batch or (128 if device.type == "cuda" else 16), changes or {}
-    sizes, tiny = (batch, model, changes), (2, "encapnet-small", {})
-    forms = {"ours": ("ours", 0), "plain code": ("plain", 0), "with 1 unit a module": ("ours", 1),
-             "with 2 units a module": ("ours", 2)}
-    memory = {name: apart(extra_memory, [(network_step, *form, *tiny),
-                                         (network_step, *form, *sizes)], device)[0]
-              for name, form in forms.items()}
-    seconds = network_seconds({**forms, "compiled": ("compiled", 0)}, sizes, device)
-    cost = {name: (seconds[name], memory.get(name)) for name in seconds}
-    what = f"{model} without feedback, batch {batch}"
-    compare(what, cost["ours"], {name: cost[name] for name in list(forms)[1:]}, device)
-    compare(f"{what}, --compile", cost["compiled"], {"plain code": cost["plain code"]}, device)
-    bench_budget(device, *sizes)
+    forms = {"without feedback": (0, False), "--compile": (0, True),
+             "1 unit a module": (1, False), "2 units a module": (2, False)}
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    seconds = timed_in_turn(
+        {name: network_step({**changes, "feedback": units}, compiled, batch, model, device)
+         for name, (units, compiled) in forms.items()}, device, budget=60.0)
+    what = f"{model}, batch {batch}, without feedback"
+    compare(what, (seconds.pop("without feedback"), None),
+            {name: (each, None) for name, each in seconds.items()}, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -465,80 +383,42 @@ def bench_network(device, batch=None, model="encapnet", changes=None):
 # ------------------------------------------------------------------------------------------------
 
 
-def small_routing_step(routing, batch, types, iterations, device):
+def capsules_step(routing, batch, types, iterations, device):
     shape = dict(types=types, positions=64, in_dim=8, out=64 * types, out_dim=16)
     return routing_step(routing, "factored", batch, shape, device, iterations)
 
 
-def small_network_step(batch, side, device):
-    model = encapnet.build("encapnet-small", image_size=side, stem_stride=1).to(device)
-    x = torch.randn(batch, 3, side, side).to(device, memory_format=torch.channels_last)
-    target = torch.zeros(batch, dtype=torch.long, device=device)
-
-    def step():
-        scores, feedback = model(x)
-        (encapnet.margin_loss(scores, target) + feedback).backward()
-    return step
-
-
-SWEEPS = [    # axis, its values, {curve: value -> case}
-    ("batch", (2, 4, 8, 16, 32), {
-        "dynamic": lambda n: (small_routing_step, "dynamic", n, 8, 3),
-        "EM": lambda n: (small_routing_step, "em", n, 8, 3),
-        "EncapNet": lambda n: (small_network_step, n, 32)}),
-    ("capsules, lower and higher", (128, 256, 512, 1024), {
-        "dynamic": lambda n: (small_routing_step, "dynamic", 4, n // 64, 3),
-        "EM": lambda n: (small_routing_step, "em", 4, n // 64, 3)}),
-    ("routing iterations", (1, 2, 4, 8), {
-        "dynamic": lambda n: (small_routing_step, "dynamic", 4, 8, n),
-        "EM": lambda n: (small_routing_step, "em", 4, 8, n)}),
-    ("side of the image", (16, 32, 64, 128), {
-        "EncapNet": lambda n: (small_network_step, 8, n)}),
-    ("samples of a divergence", (256, 512, 1024, 2048), {
-        "Sinkhorn": lambda n: (divergence_step, OURS, n, 16)}),
+SWEEPS = [    # axis, its values, maker, {curve: value -> arguments of the maker}
+    ("batch", (2, 4, 8, 16, 32), capsules_step, {
+        "dynamic": lambda n: ("dynamic", n, 8, 3), "EM": lambda n: ("em", n, 8, 3)}),
+    ("capsules, lower and higher", (128, 256, 512, 1024), capsules_step, {
+        "dynamic": lambda n: ("dynamic", 4, n // 64, 3), "EM": lambda n: ("em", 4, n // 64, 3)}),
+    ("routing iterations", (1, 2, 4, 8), capsules_step, {
+        "dynamic": lambda n: ("dynamic", 4, 8, n), "EM": lambda n: ("em", 4, 8, n)}),
+    ("samples of a divergence", (256, 512, 1024, 2048), divergence_step, {
+        "Sinkhorn": lambda n: (OURS, n, 16)}),
 ]
-STYLES = {"dynamic": ("#0072B2", "o"), "EM": ("#D55E00", "s"), "EncapNet": ("#009E73", "^"),
-          "Sinkhorn": ("#CC79A7", "D")}
 
 
 def exponent(x, y):
     """Slope of a straight line through log y against log x."""
-    x, y = (torch.tensor(z, dtype=torch.float64).log() for z in (x, y))
-    return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+    return statistics.linear_regression(*(torch.tensor(z, dtype=torch.float64).log().tolist()
+                                          for z in (x, y))).slope
 
 
 def bench_scaling(device, sweeps=SWEEPS):
-    """Time and memory against batch, capsules, iterations, image side, samples; a figure."""
+    """Time and memory against batch, capsules, iterations, samples; a figure."""
     lines = []
-    for axis, values, curves in sweeps:
-        for name, case in curves.items():
-            rows = costs([case(values[0]), *map(case, values)], device)
-            for y, unit in zip(zip(*rows, strict=True), ("seconds", "bytes"), strict=True):
-                if min(y) > 0:
-                    lines.append({"of": name, "what": unit, "against": axis, "values": values,
-                                  "measured": y, "exponent": exponent(values, y)})
-                    say(f"{name}, {unit} against {axis}: n^{lines[-1]['exponent']:.2f}")
-                    record({"scaling": {**lines[-1], **on_one_thread(device)}})
+    for (axis, values, maker, curves), unit in itertools.product(sweeps, ("seconds", "bytes")):
+        for name, arguments in curves.items():
+            cases = [(maker, *arguments(n)) for n in (values[0], *values)]
+            y = apart(timed if unit == "seconds" else extra_memory, cases, device)
+            if min(y) > 0:
+                lines.append({"of": name, "what": unit, "against": axis, "values": values,
+                              "measured": y, "exponent": exponent(values, y)})
+                say(f"{name}, {unit} against {axis}: n^{lines[-1]['exponent']:.2f}")
+                record({"scaling": {**lines[-1], **on_one_thread(device)}})
     draw_scaling(lines, RUNS / "scaling.png")
-
-
-def draw_scaling(lines, path):
-    """A column an axis, time above memory, both logarithmic."""
-    sweeps = list(dict.fromkeys(line["against"] for line in lines))
-    figure, axes = canvas(2, len(sweeps), 2.7 * len(sweeps), 2.7)
-    for line in lines:
-        row, column = line["what"] == "bytes", sweeps.index(line["against"])
-        axis, (colour, marker) = axes[int(row)][column], STYLES[line["of"]]
-        axis.plot(line["values"], [y / (1e6 if row else 1) for y in line["measured"]],
-                  marker=marker, color=colour, label=f"{line['of']}  n^{line['exponent']:.2f}")
-        axis.set(xscale="log", yscale="log", xlabel=line["against"])
-        axis.set_xticks(line["values"], map(str, line["values"]))
-        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=9)
-    for row, label in zip(axes, ("seconds", "MB beside what lives"), strict=True):
-        row[0].set_ylabel(label)
-    save_figure(figure, path)
 
 
 BENCHES = {"routing": bench_routing, "sinkhorn": bench_sinkhorn, "network": bench_network,
@@ -556,3 +436,20 @@ def run_bench(name, config):
         BENCHES[name](device)
     finally:
         torch.set_num_threads(threads)
+
+
+def command(words):
+    parser = Parser("lab.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args(words)
+    run_bench(given.name, make_config(device=given.device))
+
+
+def main(arguments=None):
+    """-> exit code"""
+    return guarded("lab.bench", command, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
