@@ -363,18 +363,24 @@ def network_step(changes, compiled, batch, model, device):
     return lambda: train_step(run, run.data.train.images, run.data.train.labels, draws)
 
 
-def bench_network(device, batch=None, model="encapnet", changes=None):
-    """EncapNet v1: eager against --compile, and what feedback units add."""
-    batch, changes = batch or (128 if device.type == "cuda" else 16), changes or {}
-    forms = {"without feedback": (0, False), "--compile": (0, True),
-             "1 unit a module": (1, False), "2 units a module": (2, False)}
+FORMS = {"without feedback": (0, False), "--compile": (0, True),       # units, compiled
+         "1 unit a module": (1, False), "2 units a module": (2, False)}
+
+
+def network_seconds(device, batch, model="encapnet", changes=None):
+    """{form: seconds of a training step}, in turn on one CPU thread."""
     if device.type == "cpu":
         torch.set_num_threads(1)
-    seconds = timed_in_turn(
-        {name: network_step({**changes, "feedback": units}, compiled, batch, model, device)
-         for name, (units, compiled) in forms.items()}, device, budget=60.0)
-    what = f"{model}, batch {batch}, without feedback"
-    compare(what, (seconds.pop("without feedback"), None),
+    return timed_in_turn(
+        {name: network_step({**(changes or {}), "feedback": units}, compiled, batch, model, device)
+         for name, (units, compiled) in FORMS.items()}, device, budget=60.0)
+
+
+def bench_network(device, batch=None, model="encapnet", changes=None):
+    """EncapNet v1: eager against --compile, and what feedback units add."""
+    batch = batch or (128 if device.type == "cuda" else 16)
+    seconds = network_seconds(device, batch, model, changes)
+    compare(f"{model}, batch {batch}, without feedback", (seconds.pop("without feedback"), None),
             {name: (each, None) for name, each in seconds.items()}, device)
 
 

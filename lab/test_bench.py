@@ -24,15 +24,9 @@ def test_textbook_routing_is_the_same_function():
     torch.testing.assert_close(bench.textbook_routing(u[:, :, 0], W), layer(u))
 
 
-def test_plain_squash_is_the_same_function():
-    image = torch.randn(2, 12, 5, 4, dtype=torch.float64)
-    torch.testing.assert_close(bench.plain_squash_image(image, 3), encapnet.squash_image(image, 3),
-                               rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("name, skipped, error", [     # 10 iterations in another order
-    ("ot.sinkhorn", 0, 0.1), ("POT batch, projection", 0, 0.1), ("POT batch, sinkhorn", 0, 0.1),
-    ("POT batch, log_sinkhorn", 0, 0.1), ("geomloss", 1, 0.3)])        # it adds an entropy, anneals
+    ("ot.sinkhorn", 0, 0.1), ("POT batch, projection", 0, 0.1),
+    ("geomloss", 1, 0.3)])                                 # it adds an entropy, anneals
 def test_peers_compute_the_same_divergence_and_gradient(name, skipped, error):
     peers = bench.divergences()
     if name not in peers:
@@ -87,17 +81,15 @@ def test_forms_of_routing_are_what_they_are_called(form, built, textbook, counte
     assert (len(votes), len(loops)) == (built, textbook)
 
 
-@pytest.mark.parametrize("form, units", [("ours", 0), ("plain", 0), ("ours", 1), ("ours", 2),
-                                         ("compiled", 0)])
-def test_forms_of_the_network_are_what_they_are_called(form, units, counted, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
-    plain, seen = counted(bench, "plain_squash_image"), counted(encapnet.FeedbackUnit, "generate")
-    small = dict(types=2, depths=(1, 1), dims=(1, 2, 2))
-    before = encapnet.squash_image
-    bench.network_step(form, units, 2, "encapnet", small, CPU)()
-    assert bool(plain) == (form == "plain") and encapnet.squash_image is before
-    assert len(seen) == 2 * units and len(compiled) == (form == "compiled")
+@pytest.mark.parametrize("units", [0, 1, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forms_of_the_network_are_what_they_are_called(units, compiled, counted, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda net: calls.append(net) or net)
+    seen = counted(encapnet.FeedbackUnit, "generate")
+    small = dict(types=2, depths=(1, 1), dims=(1, 2, 2), feedback=units)
+    bench.network_step(small, compiled, 2, "encapnet", CPU)()
+    assert len(seen) == 2 * units and len(calls) == compiled
 
 
 def test_every_peer_of_the_divergence_is_called(at_once, monkeypatch):
@@ -140,21 +132,11 @@ def test_sinkhorn_in_miniature(at_once):
 def test_network_in_miniature(at_once):
     bench.bench_network(CPU, 2, "encapnet", dict(types=2, depths=(1,), dims=(1, 2)))
     assert [line["instead"] for line in speed_lines()] == [
-        "plain code", "with 1 unit a module", "with 2 units a module", "plain code"]
-    assert '"budget"' in Path("runs/results.jsonl").read_text()
-
-
-def test_traffic_is_what_operations_read_and_write():
-    x = torch.zeros(100, 8)
-    with bench.Traffic() as traffic:
-        (x.t().contiguous() @ x).unsqueeze(0)       # copy: 2 x 3,200; product: 2 x 3,200 + 256
-    assert traffic.bytes == 4 * 3200 + 256
+        "--compile", "1 unit a module", "2 units a module"]
 
 
 def test_scaling_in_miniature(at_once):
-    sweeps = [("batch", (1, 2), {"EM": lambda n: (bench.small_routing_step, "em", n, 1, 1)}),
-              ("side of the image", (8, 16), {
-                  "EncapNet": lambda n: (bench.small_network_step, 2, n)})]
+    sweeps = [("batch", (1, 2), bench.capsules_step, {"EM": lambda n: ("em", n, 1, 1)})]
     bench.bench_scaling(CPU, sweeps)
     assert Path("runs/scaling.png").stat().st_size > 10_000
 
@@ -169,6 +151,7 @@ def test_bench_from_the_command_line(monkeypatch, capsys):
     called = []
     monkeypatch.setitem(bench.BENCHES, "sinkhorn", called.append)
     assert train.main(["--bench", "sinkhorn", "--device", "cpu"]) == 0 and called == [CPU]
+    assert bench.main(["sinkhorn", "--device", "cpu"]) == 0 and called == [CPU] * 2
     assert train.main(["--bench", "speed"]) == 2
     assert "routing" in capsys.readouterr().err
 
@@ -217,8 +200,6 @@ def test_speed_of_the_divergence(name, faster):
 
 @pytest.mark.speed
 def test_speed_of_encapnet():
-    forms = {"bare": ("ours", 0), "plain": ("plain", 0), "unit": ("ours", 1),
-             "compiled": ("compiled", 0)}
-    seconds = bench.network_seconds(forms, (16, "encapnet", {}), CPU)
-    assert seconds["plain"] > 1.3 * seconds["compiled"]
-    assert seconds["unit"] < 1.25 * seconds["bare"]
+    seconds = bench.network_seconds(CPU, 16)
+    assert seconds["without feedback"] > 1.15 * seconds["--compile"]
+    assert seconds["1 unit a module"] < 1.25 * seconds["without feedback"]
