@@ -1,11 +1,25 @@
 """Neural Network Encapsulation (Li, Guo, Dai, Ouyang, Wang; ECCV 2018, arXiv:1808.03749).
 
-One reading, top to bottom: squash, the two classic routings, losses, the routed layer, the paper's
-capConv and capFC, optimal transport, the feedback unit, the networks.  Nothing uses what comes
-later.
+A neuron says with one number that something is there.  A *capsule* is a small vector: its length
+says whether the thing is there, its direction what it is like.  A layer of capsules guesses at the
+next: every lower capsule u_i is mapped by a matrix to its *vote* v_hat_j|i for what each higher
+capsule j should look like.  Where votes for j agree, a whole has been found of parts that fit; so
+votes that agree are believed more, j is computed again from them, and so on for a few rounds.
+That is *routing by agreement* (dynamic_routing), or, with a Gaussian fitted to the votes instead of
+a mean, *EM routing* (em_routing).  Its price: n lower and n higher capsules have n^2 votes.
 
-Axes    B batch · i / j lower / higher capsule · d capsule dimension · G capsule types · P positions
-        H W space · x y samples of a batch · n m sizes of two point clouds · K classes
+The paper replaces the rounds by one supervised pass, *capConv*: a higher capsule hears the lower
+ones of its own type through a master branch, all others through an aide branch, and two small
+convolutions compute how much each counts.  And it asks in training that a layer can be told from
+the one above: a *feedback unit* generates the lower image from the higher one, and an optimal
+transport divergence compares a batch of generated images with the real batch.
+
+One reading, top to bottom: squash, the two routings, losses, the routed layer, capConv and capFC,
+optimal transport, the feedback unit, the networks.  The appendix has routing without votes.
+
+Axes    B batch · i / j lower / higher capsule, n_in / n_out of them · d numbers of a capsule
+        G capsule types · P positions · H W space · x y samples of a batch · n m sizes of two point
+        clouds · K classes
 Layout  a capsule image is (B, G*d, H, W), type-major: `groups=G` gives each type its own transform
 
 Where each equation lives
@@ -16,35 +30,12 @@ Where each equation lives
     Eq. (6)     m1 v1 + m2 v2 ........ CapConv           App. B    g, f ......... FeedbackUnit
     Sec. 3.1    capFC ................ CapFC             Table 2   networks ..... EncapNet, ResNet
 
-Deviations from the print and the authors' released code, and readings of what neither settles
-    1  Eq. (9) prints b(l+1) = 1/(K a(l)); a(0) is undefined, so a(l+1) is meant.  Columns are
-       updated first, as printed (the released code begins with rows).
-    2  The aide kernel size k2 is not printed; 3x3 without the own type fits Table 1's (f) - (e).
-       Released: k2 = k1 + 4, own type included, BatchNorm-ReLU-squash already in each branch (the
-       keywords aide_kernel and squash_branches give the first and the last).
-    3  The generator is grouped by capsule type, as released; App. B prints "the dimension of input
-       capsules", which would mix types here.  Where the extractor would end in one number, which
-       has no gradient under cosine cost, its second stride is 1.  It runs once, on real and
-       generated samples together, so that both meet the same batch statistics.
-    4  The softmax of dynamic routing runs over the input capsules (App. A.i), not the output.
-    5  EM standardises over j the cost that enters the sigmoid (App. A.i calls a normalisation
-       crucial and gives no formula) and the log densities that enter the softmax.  Each is a sum
-       over the d numbers of a pose, compared between capsules: as it is, R is 0 or 1, a capsule
-       rests on two votes, variances fall to the floor, and three iterations hardly learn.
-       Input activations are the sigmoid, not the released ReLU, of BatchNorm(conv); a class score
-       is |squash(mu)|.  R starts equal over j, the inverse temperature is 1 + r, a variance has
-       1e-8 added.
-    6  The skip of type I is a 3x3 convolution grouped by type, so that no type meets another
-       outside the aide; both skips join before BatchNorm, type II's at the end of its chain.
-       Coefficients have a bias that starts at 1: s = v1 + v2 + a correction.
-    7  KL compares softmaxed features, KL(real || generated); the paper only names it.
-    8  Routing weights start at a scale that makes v a few tenths long at Table 1's size, neither
-       lost nor saturated by squash: 0.3 sqrt(types / in_dim), and sqrt(P) more in CapNet's second
-       layer, with either routing: its inputs are capsules with poses of their own, not positions
-       of one image, and their mean is 1 / sqrt(P) as long.  The paper says "Gaussian".
-    9  The stem M0 is convolution, BatchNorm, ReLU, not squashed; the vanilla generator of Table 3
-       (d4) keeps BatchNorm and ReLU and drops grouping and squash.  The stem has stride 4 for
-       images of 128 and more.  The paper says none of it.
+Deviations from the print and from the authors' released code, explained where the code is
+    1  columns of the plan first ..... sinkhorn_plan     6  skips, coefficients from 1 .. CapConv
+    2  aide of 3x3, own type out ..... CapConv           7  softmaxed features .... kl_divergence
+    3  generator a type, extractor ... FeedbackUnit      8  scale of weights ..... RoutedCapsules
+    4  softmax over i ................ dynamic_routing   9  stem, vanilla generator .... EncapNet
+    5  EM standardised over j ........ em_routing
 """
 import inspect
 import math
@@ -112,7 +103,12 @@ def squash(s, dim=-1):
 
 
 # ------------------------------------------------------------------------------------------------
-# The two classic routings on explicit votes: the readable definition
+# The two classic routings on explicit votes: the readable definition.
+#
+# A higher capsule is computed from the votes of all lower ones, weighed by how well each agrees
+# with it.  Both are unknown at first, so they are improved in turn: dynamic routing takes a
+# weighted mean and measures agreement by the inner product; EM routing fits a Gaussian to the votes
+# and measures it by the log density.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +116,8 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
     """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
 
     votes: (B, i, j, d), v_hat_j|i;  b0: initial logits, broadcast to (B, i, j), or None
-    softmax: "in" normalises c over i (App. A.i: over j did not converge), "out" over j (Sabour)
+    softmax: "in" normalises c over i, "out" over j as Sabour et al. do, which "did not converge"
+        for the authors (deviation 4, App. A.i)
     -> v (B, j, d), lengths in [0, 1);  with return_coefficients also c (B, i, j) of the last round
     """
     check_shape("votes", votes, "B i j d")
@@ -142,7 +139,14 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
 
 
 def standardise(x):
-    """Zero mean and unit variance over the last axis; all equal: 0.   [App. A.i, deviation 5]"""
+    """Zero mean and unit variance over the last axis; all equal: 0.   [App. A.i]
+
+    Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula.
+    Cost and log density are sums over the d numbers of a pose, set against each other between
+    capsules j.  As they are they differ by tens: the softmax gives each vote to one capsule, a
+    capsule then rests on two votes, its variance falls to the floor, the next difference is
+    larger still, and three iterations hardly learn.  Standardised over j, both stay of order 1.
+    """
     x = x - x.detach().amax(-1, keepdim=True)       # layer_norm is x / std - mean / std: near 0
     return F.layer_norm(x, x.shape[-1:], eps=1e-10)                      # eps: on the variance
 
@@ -179,7 +183,7 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
        with return_coefficients also R (B, i, j), the assignment that the last M-step used
     normalise: what is standardised over j, "both" cost and log densities or "cost" alone, which
-        hardly learns (deviation 5)
+        hardly learns (deviation 5).  R starts equal over j, the inverse temperature is 1 + r
     """
     check_shape("votes", votes, "B i j d")
     B, n_in, n_out, _ = votes.shape
@@ -204,7 +208,10 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
 
 
 # ------------------------------------------------------------------------------------------------
-# Losses on class-capsule lengths (B, K) and targets (B,): a scalar, mean over the batch
+# Losses on class-capsule lengths (B, K) and targets (B,): a scalar, mean over the batch.
+#
+# A length says whether a class is present, so each class has a loss of its own: long where it is,
+# short where it is not, and nothing more once it is long or short enough.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -235,161 +242,11 @@ def spread_loss(lengths, target, margin):
 
 
 # ------------------------------------------------------------------------------------------------
-# Routing without votes.  v_hat_j|i = W_gj u_i and the P capsules of type g share W_gj: votes are an
-# operator, not a tensor.  These are the two functions above, without the 268 MB that the
-# 2,048 x 2,048 votes of 16 numbers in Table 1's layer take for every sample.
-# ------------------------------------------------------------------------------------------------
-
-BLOCK = 2 ** 20                                                          # numbers an array may hold
-checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
-                     preserve_rng_state=False)
-
-
-def dynamic_rounds(u, W, b0, iterations, pool):
-    """The rounds of dynamic routing for the higher capsules of W.
-
-    A vote meets the rest twice.  In the agreement, v_hat_ij . (v1 + .. + vr) = u_i . key_gj with
-    key_gj = W_gj (v1 + .. + vr); and in s_j = sum_g W_gj^T (sum_p c_ij u_i): pool, then map.
-    u: (B, G, P, c);  W: (G, c, J, d);  pool(key (B, G, c, J), b0) -> sum_p c_ij u_i, (B, G, c, J)
-    -> v (B, J, d)
-    """
-    B, G, P, c = u.shape
-    W = W.permute(2, 0, 1, 3).flatten(1, 2)                              # (J, G*c, d)
-    key = u.new_zeros(B, G, c, W.shape[0])
-    V = 0
-    for r in range(iterations):
-        pooled = pool(key, b0).flatten(1, 2).permute(2, 0, 1)            # (J, B, G*c)
-        v = squash(pooled @ W)                                           # (J, B, d)
-        if r < iterations - 1:
-            V = V + v
-            key = (V @ W.mT).permute(1, 2, 0).unflatten(1, (G, c)).contiguous()
-    return v.transpose(0, 1)
-
-
-def pool_in(u, key, b0):
-    """sum_p c_ij u_i, c = softmax over i:  u (B, G, P, c), key (B, G, c, J) -> (B, G, c, J)."""
-    b = u @ key + b0                                                     # (B, G, P, J)
-    e = (b - b.detach().amax((1, 2), keepdim=True)).exp()
-    return u.mT @ e / e.sum((1, 2), keepdim=True)                        # divide what is small
-
-
-def pool_out(u, key, b0):
-    """sum_p c_ij u_i, c = softmax over j:  u (B, G, P, c), key (B, G, c, J) -> (B, G, c, J)."""
-    return u.mT @ (u @ key + b0).softmax(-1)
-
-
-def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
-    """dynamic_routing of the votes W u.   u: (B, G, P, c);  W: (G, c, j, d) -> v (B, j, d)
-
-    With the softmax over i this is iterated attention: queries v_j, keys and values u_i.  Higher
-    capsules and samples never interact, so they are routed in blocks; with the softmax over j,
-    types are pooled in blocks.  Backward recomputes each block: no array of n_in x n_out numbers
-    ever lives.
-    """
-    B, G, P, _ = u.shape
-    J = W.shape[2]
-    b0 = u.new_zeros(G, P, 1).expand(G, P, J) if b0 is None else b0.unflatten(0, (G, P))
-    if softmax == "in":
-        samples = max(1, BLOCK // (64 * G * P))                          # at once
-        size = max(1, BLOCK // (min(samples, B) * G * P))                # higher capsules at once
-
-        def route(u, W, b0):
-            return dynamic_rounds(u, W, b0, iterations, lambda key, b0: pool_in(u, key, b0))
-        blocks = list(zip(W.split(size, 2), b0.split(size, 2), strict=True))
-        return torch.cat([torch.cat([checkpoint(route, part, *block) for block in blocks], 1)
-                          for part in u.split(samples)])
-    size = max(1, BLOCK // (B * P * J))
-
-    def pool(key, b0):
-        blocks = zip(u.split(size, 1), key.split(size, 1), b0.split(size, 0), strict=True)
-        return torch.cat([checkpoint(pool_out, *block) for block in blocks], 1)
-    return dynamic_rounds(u, W, b0, iterations, pool)
-
-
-def pairs(x, dim, double):
-    """Products x_a x_b, a <= b, along an axis, those with a < b times `double`."""
-    n = x.shape[dim]
-    a, b = torch.triu_indices(n, n, device=x.device)
-    scale = torch.where(a < b, double, 1).to(x).view(-1, *[1] * (-1 - dim))
-    return x.index_select(dim, a) * x.index_select(dim, b) * scale
-
-
-def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None, normalise="both"):
-    """E-step, then the moments of the new assignment, over the votes of some types.
-
-    With u = centre + x, a vote is delta + mu + W x, delta = W centre - mu; its distance from mu and
-    the moments of all votes are then polynomials of degree 2 in x, whose monomials are phi.  Around
-    the centre of each type and sample float32 loses nothing.
-    phi: (B, g, f, P), the monomials x_a x_b, x_a, 1;  log_a: (B, g, P, 1);  centre: (B, g, c)
-    W: (J, c, g, k);  mu, var (B, J, k), log_v (B, J) of the last M-step, or None: R is uniform
-    -> over these types log sum R a (B, J), mean (B, J, k), variance (B, J, k)
-    """
-    J, c = W.shape[:2]
-    W2 = pairs(W, -3, 2)                                                 # (J, c(c+1)/2, g, k)
-    vote = torch.einsum("jcgk,bgc->bgjk", W, centre)                     # votes of the centres
-    if mu is None:
-        log_w = log_a - math.log(J)                                      # (B, g, P, 1)
-    else:
-        delta, p = vote - mu[:, None], 1 / (2 * var)
-        distance = phi.mT @ torch.cat([                                  # (B, g, P, J)
-            torch.einsum("jfgk,bjk->bgfj", W2, p),
-            torch.einsum("jcgk,bgjk->bgcj", W, 2 * delta * p[:, None]),
-            (delta.square() * p[:, None]).sum(-1)[:, :, None]], 2)
-        log_p = -(2 * math.pi * var).log().sum(-1)[:, None, None] / 2 - distance
-        log_w = em_assignment(log_p, log_v[:, None, None], normalise) + log_a
-    top = log_w.detach().amax((1, 2), keepdim=True)
-    w = (log_w - top).exp()
-    T = (phi @ w).expand(-1, -1, -1, J)                                  # (B, g, f, J), of x
-    T2, T1, T0 = T.split((T.shape[2] - c - 1, c, 1), 2)
-    mass = T0.sum(1)[:, 0, :, None]                                      # (B, J, 1), 1 or more
-    T0 = T0.movedim(2, 3)                                                # (B, g, J, 1)
-    Wx = torch.einsum("jcgk,bgcj->bgjk", W, T1)
-    mean = (T0 * vote + Wx).sum(1) / mass
-    delta = vote - mean[:, None]
-    square = torch.einsum("jfgk,bgfj->bjk", W2, T2) + (delta * (2 * Wx + T0 * delta)).sum(1)
-    return mass[..., 0].log() + top[:, 0, 0], mean, square / mass
-
-
-def em_merge(*parts):
-    """Moments over all types, of those over some: log mass (B, J), mean and variance (B, J, k)."""
-    log_mass, mean, square = map(torch.stack, (parts[0::3], parts[1::3], parts[2::3]))
-    share = log_mass.softmax(0)[..., None]                               # (parts, B, J, 1)
-    mu = (share * mean).sum(0)
-    var = (share * (square + (mean - mu).square())).sum(0)               # law of total variance
-    return log_mass.logsumexp(0), mu, var.clamp_min(0) + 1e-8
-
-
-@full_precision
-def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3, normalise="both"):
-    """em_routing of the votes W u.   u: (B, G, P, c);  activation: (B, G*P);  W: (G, c, j, d)
-
-    -> pose (B, j, d), activation (B, j);  samples and types go in blocks, backward recomputes each
-    """
-    B, G, P, c = u.shape
-    J, k = W.shape[2:]
-    size = min(G, max(1, 4 * BLOCK // (J * k * (c + 1) * (c + 2) // 2)))  # types at once
-    samples = max(1, 2 * BLOCK // (J * P * size))                        # at once
-    if B > samples:
-        parts = [checkpoint(em_without_votes, *part, beta_v, beta_a, W, iterations, normalise)
-                 for part in zip(u.split(samples), activation.split(samples), strict=True)]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
-    centre = u.mean(2)
-    x = (u - centre[:, :, None]).mT                                      # (B, G, c, P)
-    phi = torch.cat([pairs(x, -2, 1), x, torch.ones_like(x[:, :, :1])], 2)   # (B, G, f, P)
-    log_a = activation.clamp_min(torch.finfo(u.dtype).tiny).log().view(B, G, P, 1)
-    inputs = (t.split(size, 1) for t in (phi, log_a, centre))
-    blocks = list(zip(*inputs, W.permute(2, 1, 0, 3).split(size, 2), strict=True))
-    state = ()
-    for r in range(iterations):
-        parts = [checkpoint(em_moments, *block, *state, normalise=normalise) for block in blocks]
-        log_mass, mu, var = checkpoint(em_merge, *(moment for part in parts for moment in part))
-        log_v = em_activation(log_mass, var, beta_v, beta_a, r)
-        state = mu, var, log_v
-    return mu, log_v.exp()
-
-
-# ------------------------------------------------------------------------------------------------
-# The routed capsule layer of CapNet
+# The routed capsule layer of CapNet.
+#
+# Votes are linear in the lower capsule, v_hat_j|i = W_gj u_i, and the P positions of a capsule type
+# g share W_gj, as a convolution shares its kernel.  So routing never needs the votes themselves:
+# `votes` and the two functions above are the definition, the appendix has the same without them.
 # ------------------------------------------------------------------------------------------------
 
 # Blocks of samples fix the batch, a traced graph must not: export has votes.  (torch 2.6 has only
@@ -405,7 +262,9 @@ class RoutedCapsules(nn.Module):
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
         the last two are one number a pair (i, j) and need `positions`, the P of the inputs
     normalise: of EM, as em_routing
-    gain: on the initial weights; 1 suits inputs alike at all positions, sqrt(P) independent ones
+    gain: on the initial scale, 0.3 sqrt(types / in_dim), which makes v a few tenths long at Table
+        1's size, neither lost nor saturated by squash (deviation 8; the paper says "Gaussian").  1
+        suits inputs alike at all positions; sqrt(P) poses of their own, whose mean is 1/sqrt(P)
     u: (B, types, P, in_dim) -> v (B, out_capsules, out_dim)
     em: u, activation (B, types*P) -> pose (B, out_capsules, out_dim), activation (B, out_capsules)
     """
@@ -459,28 +318,30 @@ class RoutedCapsules(nn.Module):
             check_shape("activation", activation, "B i", B=u.shape[0], i=u.shape[1] * u.shape[2])
         if self.b is not None:
             check_shape("u", u, "B types P in_dim", P=self.b.shape[0] // self.types)
-        monomials = (self.in_dim + 1) * (self.in_dim + 2) // 2
-        few = {"dynamic": 4, "em": monomials // 3}[self.routing]         # below: votes are faster
+        # Below this P the votes are faster to have (measured): EM's form without them works with
+        # the (in_dim+1)(in_dim+2)/2 monomials of an input.  A traced graph must not fix the batch.
+        few = 4 if self.routing == "dynamic" else (self.in_dim + 1) * (self.in_dim + 2) // 6
         if not self.factored or exporting() or u.shape[2] < few:
-            return self.route(dynamic_routing, em_routing, self.votes(u), activation)
-        W = self.weight
-        if self.bias is not None:                                        # the weight of a 1
-            W = torch.cat([W, self.bias[:, None]], 1)
-            u = torch.cat([u, torch.ones_like(u[..., :1])], -1)
-        return self.route(partial(dynamic_without_votes, W=W), partial(em_without_votes, W=W),
-                          u, activation)
-
-    def route(self, dynamic, em, x, activation):
-        """One of two routing functions on votes, or on inputs x."""
+            x, dynamic, em = self.votes(u), dynamic_routing, em_routing
+        else:
+            x, W = u, self.weight
+            if self.bias is not None:                                    # the weight of a 1
+                W = torch.cat([W, self.bias[:, None]], 1)
+                x = torch.cat([u, torch.ones_like(u[..., :1])], -1)
+            dynamic, em = partial(dynamic_without_votes, W=W), partial(em_without_votes, W=W)
         if self.routing == "dynamic":
             return dynamic(x, iterations=self.iterations, softmax=self.softmax, b0=self.b)
         pose, a = em(x, activation, beta_v=self.beta_v, beta_a=self.beta_a,
                      iterations=self.iterations, normalise=self.normalise)
-        return pose.to(x.dtype), a.to(x.dtype)
+        return pose.to(u.dtype), a.to(u.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
-# capConv: approximate routing in one pass, by a master and an aide branch
+# capConv: approximate routing in one pass, by a master and an aide branch.
+#
+# Rounds of routing are a search for how much each lower capsule counts.  capConv learns to say it
+# at once: two convolutions make candidates v1, v2 of the higher capsules, and two more compute
+# from them a coefficient a type and position.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -520,6 +381,11 @@ class ComplementConv(nn.Module):
 class CapConv(nn.Module):
     """Approximate routing: s = m1 v1 + m2 v2, BatchNorm, ReLU, squash.   [Eq. (6), Fig. 1c]
 
+    Deviation 2: k2 is not printed; 3x3 without the own type fits Table 1's (f) - (e).  The released
+    code has k2 = k1 + 4 (aide_kernel), the own type too, and squash_branches.
+    Deviation 6: type I's skip is grouped by type, so that no type meets another outside the aide;
+    both skips join before BatchNorm.  Coefficients have a bias that starts at 1: s = v1 + v2 + a
+    correction.
     v1 = master(u): each type from itself, kernel k1;  v2 = aide(u): each type from all others, k2.
     coefficients: what the m's are computed from, one number a type and position   [Table 3 (1-4)]
         "own" m1(v1), m2(v2);  "cross" m1(v2), m2(v1);  "both" m1(v1, v2), m2(v1, v2);  None: s = v1
@@ -612,7 +478,12 @@ class CapFC(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimal transport between two batches of samples
+# Optimal transport between two batches of samples.
+#
+# How far is one cloud of points from another?  Move the mass of the first onto the second along a
+# plan P, a unit of mass from x to y at the cost Q_xy, as cheaply as possible: <Q, P>.  With an
+# entropy eps the best plan is a * exp(-Q/eps) * b, and a, b follow by scaling rows and columns in
+# turn until both marginals are right (Sinkhorn).
 # ------------------------------------------------------------------------------------------------
 
 
@@ -653,6 +524,8 @@ def transport_cost(Q, P):
 def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None):
     """Entropic transport plan between uniform marginals, L Sinkhorn iterations.   [Eqs. (9), (10)]
 
+    Deviation 1: Eq. (9) prints b(l+1) = 1/(K a(l)); a(0) is undefined, so a(l+1) is meant.  Columns
+    first, as printed; the released code begins with rows.
     Q: (..., n, m) ground cost;  eps: in the units of Q;  iterations: L
     q_max: a known bound on Q, allows the kernel form where exp(-q_max/eps) is safe; None: log form
     -> P (..., n, m): rows sum to 1/n exactly (updated last), columns to 1/m as L grows
@@ -718,7 +591,10 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
 
 @full_precision
 def kl_divergence(real, generated):
-    """KL(softmax(real) || softmax(generated)), mean over B.   [Table 3 (b)]   (B, F) -> scalar"""
+    """KL(softmax(real) || softmax(generated)), mean over B.   [Table 3 (b)]   (B, F) -> scalar
+
+    Deviation 7: the paper only names it.
+    """
     check_shape("real", real, "B F")
     check_shape("generated", generated, "B F", B=real.shape[0], F=real.shape[1])
     return F.kl_div(generated.log_softmax(-1), real.log_softmax(-1), log_target=True,
@@ -726,7 +602,10 @@ def kl_divergence(real, generated):
 
 
 # ------------------------------------------------------------------------------------------------
-# Feedback agreement: the higher layer must be able to tell the lower one
+# Feedback agreement: the higher layer must be able to tell the lower one.
+#
+# A generator makes a lower image of the higher one; an extractor makes short features of the real
+# and of the generated images of a batch; their divergence joins the loss.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -762,6 +641,10 @@ class FeedbackUnit(nn.Module):
     extractor: False compares raw pixels (d3);  divergence: "ot", or "kl" (b)
     cost, eps, iterations, bias_fix, plan_grad: as sinkhorn_divergence
     forward(low (B, low, H, W), high (B, high, H', W')) -> scalar
+    Deviation 3: the generator is grouped by type, as released; App. B prints "the dimension of
+    input capsules", which would mix types here.  The extractor runs once, on real and generated
+    samples together, so that both meet the same batch statistics; where it would end in one number,
+    which has no gradient under cosine cost, its second stride is 1.
     """
 
     def __init__(self, low, high, types=32, stride=2, *, generator="capsule", extractor=True,
@@ -858,7 +741,10 @@ def total_feedback(units, images):
 
 
 # ------------------------------------------------------------------------------------------------
-# The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval and without a unit)
+# The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval and without a unit).
+#
+# EncapNet is convolution, four modules of capConv, capFC; the six-layer networks of Table 1 share
+# their first four convolutions; CNN and ResNet are what they are compared with.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -896,15 +782,17 @@ class Network(nn.Module):
         check_choice("feedback", feedback, (0, 1, 2))
         self.feedback, self.units = feedback, nn.ModuleList()
         for low, high, stride in zip(channels[:-1], channels[1:], strides, strict=True):
-            steps = [(low, stride), (high, 1)][:feedback]
-            self.units.extend(FeedbackUnit(size, high, stride=step, **unit) for size, step in steps)
+            if feedback:
+                self.units.append(FeedbackUnit(low, high, stride=stride, **unit))
+            if feedback == 2:
+                self.units.append(FeedbackUnit(high, high, stride=1, **unit))
 
     def walk(self, u):
         """Image u through all modules -> last image, the images (low, high) of every unit."""
         images = []
         for module in self.blocks:
             w, v = module(u)                                          # type I output, module output
-            images += [(u, v), (w, v)][:self.feedback]
+            images += [(u, v)] * (self.feedback > 0) + [(w, v)] * (self.feedback == 2)
             u = v
         return u, images
 
@@ -943,6 +831,8 @@ class EncapNet(Network):
     aide_kernel, squash_branches: as CapConv
     skip: "both", "I", "II" or None [Table 3 (5-7)];  stem_stride: 4 for images of 128 and more
     feedback: units a module, 0, 1, 2;  further keywords go to FeedbackUnit
+    Deviation 9: the stem M0 is convolution, BatchNorm, ReLU, not squashed; the vanilla generator of
+    Table 3 (d4) keeps BatchNorm and ReLU and drops grouping and squash.
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, depths=(3, 3, 3, 3),
@@ -1007,6 +897,8 @@ class CapNet(Network):
 
     routing, iterations, softmax, normalise, b_init, factored: as RoutedCapsules
     fifth_conv: one more 3x3 convolution before the capsules; every other row of Table 1 has one
+    EM: the activation of a lower capsule is the sigmoid, not the released ReLU, of BatchNorm of a
+    convolution; a class score is |squash(mu)|.
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32, routing="dynamic",
@@ -1171,3 +1063,168 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
             raise ValueError(f"{keyword}={overrides[keyword]!r}: must be one of "
                              f"{', '.join(keywords(cls))} for {name}")
     return cls(num_classes, in_channels, image_size, **{**defaults, **overrides})
+
+
+# ------------------------------------------------------------------------------------------------
+# Appendix: routing without votes.
+#
+# The P capsules of type g share W_gj, so u_hat_ij = W_gj u_i is an operator, not a tensor: the
+# 2,048 x 2,048 votes of 16 numbers in Table 1's layer would take 268 MB for every sample.
+#
+# Dynamic.  A vote meets the rest twice.  After r rounds
+#     b_ij = u_hat_ij . (v_1 + .. + v_r) = u_i . key_gj,   key_gj = W_gj^T (v_1 + .. + v_r)
+#     s_j  = sum_i c_ij W_gj u_i         = sum_g W_gj (sum_p c_ij u_i)
+# so agreement is an inner product of 8 numbers, and inputs are pooled before they are mapped.
+#
+# EM.  The votes enter through their weighted sum, their weighted squares and their distance from
+# the mean.  With u_i = centre_g + x_i, a vote is W_gj centre_g + W_gj x_i, so each of the three is
+# a polynomial of degree two in x_i: sums over positions of R x x^T, R x and R are all it takes.
+#
+# Both go through in blocks that backward computes again, each of at most BLOCK numbers, so that no
+# array of n_in x n_out numbers ever lives.
+# ------------------------------------------------------------------------------------------------
+
+BLOCK = 2 ** 20                                                          # numbers an array may hold
+checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
+                     preserve_rng_state=False)
+
+
+def dynamic_rounds(u, W, b0, iterations, pool):
+    """The rounds of dynamic routing for the higher capsules of W.
+
+    u: (B, G, P, e);  W: (G, e, j, d);  pool(key (B, G, e, j), b0) -> sum_p c_ij u_i, (B, G, e, j)
+    -> v (B, j, d)
+    """
+    B, G, P, e = u.shape
+    W = W.permute(2, 0, 1, 3).flatten(1, 2)                              # (j, G*e, d)
+    key = u.new_zeros(B, G, e, W.shape[0])
+    V = 0
+    for r in range(iterations):
+        pooled = pool(key, b0).flatten(1, 2).permute(2, 0, 1)            # (j, B, G*e)
+        v = squash(pooled @ W)                                           # (j, B, d)
+        if r < iterations - 1:
+            V = V + v
+            key = (V @ W.mT).permute(1, 2, 0).unflatten(1, (G, e)).contiguous()
+    return v.transpose(0, 1)
+
+
+def pool_in(u, key, b0):
+    """sum_p c_ij u_i, c = softmax over i:  u (B, G, P, e), key (B, G, e, j) -> (B, G, e, j)."""
+    b = u @ key + b0                                                     # (B, G, P, j)
+    c = (b - b.detach().amax((1, 2), keepdim=True)).exp()                # but for its sum
+    return u.mT @ c / c.sum((1, 2), keepdim=True)                        # divide what is small
+
+
+def pool_out(u, key, b0):
+    """sum_p c_ij u_i, c = softmax over j:  u (B, G, P, e), key (B, G, e, j) -> (B, G, e, j)."""
+    return u.mT @ (u @ key + b0).softmax(-1)
+
+
+def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
+    """dynamic_routing of the votes W u.   u: (B, G, P, e);  W: (G, e, j, d) -> v (B, j, d)
+
+    With the softmax over i this is iterated attention: queries v_j, keys and values u_i.  Higher
+    capsules and samples never interact, so they are routed in blocks; with the softmax over j,
+    types are pooled in blocks.  Backward recomputes each block: no array of n_in x n_out numbers
+    ever lives.
+    """
+    B, G, P, _ = u.shape
+    n_out = W.shape[2]
+    b0 = u.new_zeros(G, P, 1).expand(G, P, n_out) if b0 is None else b0.unflatten(0, (G, P))
+    if softmax == "in":
+        samples = max(1, BLOCK // (64 * G * P))        # at once, so that 64 higher ones fit a block
+        size = max(1, BLOCK // (min(samples, B) * G * P))                # higher capsules at once
+
+        def route(u, W, b0):
+            return dynamic_rounds(u, W, b0, iterations, lambda key, b0: pool_in(u, key, b0))
+        blocks = list(zip(W.split(size, 2), b0.split(size, 2), strict=True))
+        return torch.cat([torch.cat([checkpoint(route, part, *block) for block in blocks], 1)
+                          for part in u.split(samples)])
+    size = max(1, BLOCK // (B * P * n_out))
+
+    def pool(key, b0):
+        blocks = zip(u.split(size, 1), key.split(size, 1), b0.split(size, 0), strict=True)
+        return torch.cat([checkpoint(pool_out, *block) for block in blocks], 1)
+    return dynamic_rounds(u, W, b0, iterations, pool)
+
+
+def pairs(x, dim, double):
+    """Products x_a x_b, a <= b, along an axis, those with a < b times `double`."""
+    n = x.shape[dim]
+    a, b = torch.triu_indices(n, n, device=x.device)
+    scale = torch.where(a < b, double, 1).to(x).view(-1, *[1] * (-1 - dim))
+    return x.index_select(dim, a) * x.index_select(dim, b) * scale
+
+
+def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None, normalise="both"):
+    """E-step, then the moments of the new assignment, over the votes of some types.
+
+    With u = centre + x, a vote is mu + delta + W x, delta = W centre - mu; phi are the monomials
+    of x up to degree 2.  Around the centre of each type and sample float32 loses nothing.
+    phi: (B, g, f, P), the monomials x_a x_b, x_a, 1;  log_a: (B, g, P, 1);  centre: (B, g, e)
+    W: (j, e, g, d);  mu, var (B, j, d), log_v (B, j) of the last M-step, or None: R is uniform
+    -> over these types log sum R a (B, j), mean (B, j, d), variance (B, j, d)
+    """
+    n_out, e = W.shape[:2]
+    W2 = pairs(W, -3, 2)                                                 # (j, e(e+1)/2, g, d)
+    vote = torch.einsum("jegd,bge->bgjd", W, centre)                     # votes of the centres
+    if mu is None:
+        log_w = log_a - math.log(n_out)                                      # (B, g, P, 1)
+    else:
+        delta, p = vote - mu[:, None], 1 / (2 * var)
+        distance = phi.mT @ torch.cat([                                  # (B, g, P, j)
+            torch.einsum("jfgd,bjd->bgfj", W2, p),
+            torch.einsum("jegd,bgjd->bgej", W, 2 * delta * p[:, None]),
+            (delta.square() * p[:, None]).sum(-1)[:, :, None]], 2)
+        log_p = -(2 * math.pi * var).log().sum(-1)[:, None, None] / 2 - distance
+        log_w = em_assignment(log_p, log_v[:, None, None], normalise) + log_a
+    top = log_w.detach().amax((1, 2), keepdim=True)
+    w = (log_w - top).exp()
+    T = (phi @ w).expand(-1, -1, -1, n_out)                                  # (B, g, f, j), of x
+    T2, T1, T0 = T.split((T.shape[2] - e - 1, e, 1), 2)
+    mass = T0.sum(1)[:, 0, :, None]                                      # (B, j, 1), 1 or more
+    T0 = T0.movedim(2, 3)                                                # (B, g, j, 1)
+    Wx = torch.einsum("jegd,bgej->bgjd", W, T1)
+    mean = (T0 * vote + Wx).sum(1) / mass
+    delta = vote - mean[:, None]
+    square = torch.einsum("jfgd,bgfj->bjd", W2, T2) + (delta * (2 * Wx + T0 * delta)).sum(1)
+    return mass[..., 0].log() + top[:, 0, 0], mean, square / mass
+
+
+def em_merge(parts):
+    """Moments over all types, of those over some: log mass (B, j), mean and variance (B, j, d)."""
+    log_mass, mean, square = map(torch.stack, zip(*parts, strict=True))
+    share = log_mass.softmax(0)[..., None]                               # (parts, B, j, 1)
+    mu = (share * mean).sum(0)
+    var = (share * (square + (mean - mu).square())).sum(0)               # law of total variance
+    return log_mass.logsumexp(0), mu, var.clamp_min(0) + 1e-8
+
+
+@full_precision
+def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3, normalise="both"):
+    """em_routing of the votes W u.   u: (B, G, P, e);  activation: (B, G*P);  W: (G, e, j, d)
+
+    -> pose (B, j, d), activation (B, j);  samples and types go in blocks, backward recomputes each
+    """
+    B, G, P, e = u.shape
+    n_out, d = W.shape[2:]
+    monomials = (e + 1) * (e + 2) // 2
+    size = min(G, max(1, 4 * BLOCK // (n_out * d * monomials)))          # types at once
+    samples = max(1, 2 * BLOCK // (n_out * P * size))                    # at once
+    if B > samples:
+        parts = [checkpoint(em_without_votes, *part, beta_v, beta_a, W, iterations, normalise)
+                 for part in zip(u.split(samples), activation.split(samples), strict=True)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+    centre = u.mean(2)
+    x = (u - centre[:, :, None]).mT                                      # (B, G, e, P)
+    phi = torch.cat([pairs(x, -2, 1), x, torch.ones_like(x[:, :, :1])], 2)   # (B, G, f, P)
+    log_a = activation.clamp_min(torch.finfo(u.dtype).tiny).log().view(B, G, P, 1)
+    inputs = (t.split(size, 1) for t in (phi, log_a, centre))
+    blocks = list(zip(*inputs, W.permute(2, 1, 0, 3).split(size, 2), strict=True))
+    state = ()
+    for r in range(iterations):
+        parts = [checkpoint(em_moments, *block, *state, normalise=normalise) for block in blocks]
+        log_mass, mu, var = checkpoint(em_merge, parts)
+        log_v = em_activation(log_mass, var, beta_v, beta_a, r)
+        state = mu, var, log_v
+    return mu, log_v.exp()
