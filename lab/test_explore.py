@@ -358,7 +358,7 @@ def test_examples_of_the_readme_run(name, answer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     scope = {}
-    exec(examples[0], scope)
+    exec(examples[0].replace("range(91)", "range(46)"), scope)         # half way tells enough
     assert math.isfinite(scope[answer].detach())
     if name == "sinkhorn_divergence":
         assert scope[answer] < 0.05 and (tmp_path / "cloud.png").exists()
