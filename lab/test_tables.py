@@ -584,3 +584,72 @@ def test_bench(cli, quick):
 def test_the_readme_agrees_with_the_published_results(monkeypatch, capsys):
     monkeypatch.chdir(Path(train.__file__).parent)
     assert train.main(["--report", "--check"]) == 0, capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# Studies of ours
+# ------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_study_of_routing_build_what_they_are_called():
+    *iterations, over_j = TABLES["routing"]
+    for part, side in zip(iterations, (16, 32), strict=True):
+        cells = list(part_cells(part, {}))
+        assert len(cells) == 4 * 4
+        for row, column, config in cells:
+            net = make_model(config, 10, 1)
+            assert [layer.iterations for layer in net.routed] == 2 * [int(row)]
+            assert net.routed[0].routing == ("em" if column.startswith("EM") else "dynamic")
+            assert len(net.stem) == (5 if "fifth" in column else 4) and net.types == 4
+            assert (config.dataset, config.image_size) == ("mnist", side)
+    assert [make_model(config, 10, 1).routed[1].softmax for *_, config in part_cells(over_j, {})] \
+        == ["out", "out"]
+
+
+def test_rows_of_the_study_of_few_images_build_what_they_are_called():
+    few, parts = TABLES["few"]
+    usual = dict(lam=0.0, weight_decay=5e-4, augment="none", divergence="ot")
+    changed = {"no feedback": {}, "OT, lambda 1": dict(lam=1.0), "OT, lambda 10": dict(lam=10.0),
+               "OT, lambda 30": dict(lam=30.0), "KL, lambda 10": dict(lam=10.0, divergence="kl"),
+               "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+")}
+    cells = list(part_cells(few, {}))
+    assert len(cells) == len(changed) * 4
+    for row, column, config in cells:
+        assert config.train_images == int(column) and config.resample and config.clip == 1
+        unit, *_ = make_model(config, 10, 1).units
+        found = dict(lam=config.lam, weight_decay=config.weight_decay, augment=config.augment,
+                     divergence=unit.kind)
+        assert found == usual | changed[row]
+    built = {row: ablations_of(config) for row, _, config in part_cells(parts, {})}
+    for row, wanted in {"no bias fix (d1)": dict(bias_fix=False), "two units": dict(units=2),
+                        "gradient of the plan (d2)": dict(plan_grad=True),
+                        "raw pixels (d3)": dict(extractor=False), "l2 cost (d5)": dict(cost="l2"),
+                        "vanilla generator (d4)": dict(generator="vanilla"), "eps 1": {}}.items():
+        assert built[row].items() <= (USUAL | dict(units=1, lam=10.0) | wanted).items(), row
+    assert make_model(list(part_cells(parts, {}))[-1][2], 10, 1).units[0].sinkhorn["eps"] == 1
+
+
+def test_the_study_of_lambda_sees_no_test_image():
+    rows = [(row, config.lam, config.hold_out, config.model)
+            for row, _, config in part_cells(TABLES["lambda"][0], {})]
+    assert rows == [(f"lambda {lam:g}", lam, True, "encapnet-small") for lam in (0, .1, 1, 10)]
+
+
+def test_studies_draw_paired_differences_and_errors(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    few = {"no feedback": {"200": {0: 10.0, 1: 30.0}}, "OT, lambda 1": {"200": {0: 9.0, 1: 27.0}},
+           "KL, lambda 10": {"200": {1: 31.0, 2: 50.0}}}                # seed 2 has no partner
+    figures.draw_few([few], None)
+    routing = {"1": {"EM": {0: 8.0, 1: 6.0}}, "3": {"EM": {0: 5.0, 1: 5.0}, "dynamic": {0: 9.0}}}
+    figures.draw_routing([routing, {}], None)
+    found = [{line.get_label(): list(zip(*line[0].get_data(), strict=True))
+              for line in figure.axes[0].containers} for figure in drawn]
+    assert found == [{"OT, lambda 1": [(200, -2)], "KL, lambda 10": [(200, 1)]},
+                     {"EM": [(1, 7), (3, 5)], "dynamic": [(3, 9)]}]
+
+
+def test_an_interval_is_student_s():
+    """Two values a and b: mean +- 12.706 |a - b| / 2, from a table of t with one degree."""
+    middle, half = figures.interval([3.0, 5.0])
+    assert (middle, half) == pytest.approx((4, 12.706), rel=1e-4)
