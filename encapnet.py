@@ -17,20 +17,20 @@ transport divergence compares a batch of generated images with the real batch.
 One reading, top to bottom: squash, the two routings, losses, the routed layer, capConv and capFC,
 optimal transport, the feedback unit, the networks.  The appendix has routing without votes.
 
-Axes    B batch · i / j lower / higher capsule, n_in / n_out of them · d numbers of a capsule
-        G capsule types · P positions · H W space · x y samples of a batch · n m sizes of two point
-        clouds · K classes
+Axes    B batch · i / j lower / higher capsule, n_in / n_out of them · d numbers of a capsule, e of
+        a lower one where both occur · G capsule types · P positions · H W space · K classes
+        on transport: x y samples of a batch · n m sizes of two point clouds · there P is the plan
 Layout  a capsule image is (B, G*d, H, W), type-major: `groups=G` gives each type its own transform
 
 Where each equation lives
     Sec. 2.1    squash ............... squash            Eq. (8)   <Q, P> ....... transport_cost
     Eq. (1)     dynamic routing ...... dynamic_routing   Eq. (9)   a, b ......... sinkhorn_plan
     Eqs. (2,3)  EM routing ........... em_routing        Eq. (10)  P ............ sinkhorn_plan
-    Eqs. (4,5)  sum_i c_ij w_ij u_i .. RoutedCapsules    Eq. (11)  divergence ... debias
-    Eq. (6)     m1 v1 + m2 v2 ........ CapConv           App. B    g, f ......... FeedbackUnit
+    Eq. (4)     sum_i c_ij w_ij u_i .. RoutedCapsules    Eq. (11)  divergence ... debias
+    Eqs. (5,6)  m1 v1 + m2 v2 ........ CapConv           App. B    g, f ......... FeedbackUnit
     Sec. 3.1    capFC ................ CapFC             Table 2   networks ..... EncapNet, ResNet
 
-Deviations from the print and from the authors' released code, explained where the code is
+Deviations from the print or the released code, and readings, explained where the code is
     1  columns of the plan first ..... sinkhorn_plan     6  skips, coefficients from 1 .. CapConv
     2  aide of 3x3, own type out ..... CapConv           7  softmaxed features .... kl_divergence
     3  generator a type, extractor ... FeedbackUnit      8  scale of weights ..... RoutedCapsules
@@ -83,9 +83,10 @@ def full_precision(function):
         return x.float() if half else x
 
     @wraps(function)
-    def wrapped(x, *args, **kwargs):
-        with torch.autocast(x.device.type, enabled=False):
-            return function(upcast(x), *map(upcast, args),
+    def wrapped(*args, **kwargs):
+        first = args[0] if args else next(iter(kwargs.values()))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*map(upcast, args),
                             **{name: upcast(value) for name, value in kwargs.items()})
     return wrapped
 
@@ -116,8 +117,8 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
     """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
 
     votes: (B, i, j, d), v_hat_j|i;  b0: initial logits, broadcast to (B, i, j), or None
-    softmax: "in" normalises c over i, "out" over j as Sabour et al. do, which "did not converge"
-        for the authors (deviation 4, App. A.i)
+    softmax: "in" normalises c over i, "out" over j as Sabour et al. do, with which the authors'
+        loss did not converge (reading 4, App. A.i)
     -> v (B, j, d), lengths in [0, 1);  with return_coefficients also c (B, i, j) of the last round
     """
     check_shape("votes", votes, "B i j d")
@@ -141,18 +142,19 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
 def standardise(x):
     """Zero mean and unit variance over the last axis; all equal: 0.   [App. A.i]
 
-    Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula.
-    Cost and log density are sums over the d numbers of a pose, set against each other between
-    capsules j.  As they are they differ by tens: the softmax gives each vote to one capsule, a
-    capsule then rests on two votes, its variance falls to the floor, the next difference is
-    larger still, and three iterations hardly learn.  Standardised over j, both stay of order 1.
+    Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula;
+    that of the log densities is ours.  Cost and log density are sums over the d numbers of a pose,
+    compared between capsules j.  As they are they differ by tens: the softmax gives each vote to
+    one capsule; one left with two votes has almost no variance, so that its next log densities
+    differ by more still, and three iterations hardly learn.  Standardised, both stay of order 1.
     """
-    x = x - x.detach().amax(-1, keepdim=True)       # layer_norm is x / std - mean / std: near 0
+    # layer_norm computes x / std - mean / std, which cancels where |mean| >> std: shift first.
+    x = x - x.detach().amax(-1, keepdim=True)
     return F.layer_norm(x, x.shape[-1:], eps=1e-10)                      # eps: on the variance
 
 
 def em_activation(log_mass, var, beta_v, beta_a, r):
-    """Log activation of higher capsules, of the cost of the votes they explain.   [Eq. (2)]
+    """Log activation of higher capsules, from the cost of the votes they explain.   [Eq. (2)]
 
     log_mass: (B, j), log sum_i R_ij a_i;  var: (B, j, d);  beta_v, beta_a: (j,);  r: iteration
     -> (B, j)
@@ -160,7 +162,7 @@ def em_activation(log_mass, var, beta_v, beta_a, r):
     # Standardising ignores a factor, but for its eps: with the largest mass 1 that is as small for
     # inputs that are nearly off as for active ones.
     mass = (log_mass - log_mass.amax(-1, keepdim=True)).exp()
-    cost = mass * (beta_v[:, None] + var.log() / 2).sum(-1)           # sum_h (beta_v + log sigma_h)
+    cost = mass * (beta_v[:, None] + var.log() / 2).sum(-1)           # sum over d
     return F.logsigmoid((1 + r) * (beta_a - standardise(cost)))
 
 
@@ -183,7 +185,7 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
        with return_coefficients also R (B, i, j), the assignment that the last M-step used
     normalise: what is standardised over j, "both" cost and log densities or "cost" alone, which
-        hardly learns (deviation 5).  R starts equal over j, the inverse temperature is 1 + r
+        hardly learns.  R starts equal over j, the inverse temperature is 1 + r
     """
     check_shape("votes", votes, "B i j d")
     B, n_in, n_out, _ = votes.shape
@@ -249,8 +251,7 @@ def spread_loss(lengths, target, margin):
 # `votes` and the two functions above are the definition, the appendix has the same without them.
 # ------------------------------------------------------------------------------------------------
 
-# Blocks of samples fix the batch, a traced graph must not: export has votes.  (torch 2.6 has only
-# the wider question, which compiles votes too.)
+# torch 2.6 has only the wider question.
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
@@ -263,8 +264,9 @@ class RoutedCapsules(nn.Module):
         the last two are one number a pair (i, j) and need `positions`, the P of the inputs
     normalise: of EM, as em_routing
     gain: on the initial scale, 0.3 sqrt(types / in_dim), which makes v a few tenths long at Table
-        1's size, neither lost nor saturated by squash (deviation 8; the paper says "Gaussian").  1
-        suits inputs alike at all positions; sqrt(P) poses of their own, whose mean is 1/sqrt(P)
+        1's size, neither lost nor saturated by squash (reading 8; the paper says "Gaussian").
+        gain=1 suits inputs that are alike at all P positions; where each position has a pose of its
+        own their mean is sqrt(P) times shorter: gain=sqrt(P)
     u: (B, types, P, in_dim) -> v (B, out_capsules, out_dim)
     em: u, activation (B, types*P) -> pose (B, out_capsules, out_dim), activation (B, out_capsules)
     """
@@ -287,17 +289,15 @@ class RoutedCapsules(nn.Module):
         self.iterations, self.softmax, self.normalise = iterations, softmax, normalise
         self.factored = factored
         check_positive(float, gain=gain)
-        std = 0.3 * gain * math.sqrt(types / in_dim)                     # deviation 8
+        std = 0.3 * gain * math.sqrt(types / in_dim)                     # reading 8
         self.weight = nn.Parameter(torch.randn(types, in_dim, out_capsules, out_dim) * std)
         self.bias = nn.Parameter(torch.zeros(types, out_capsules, out_dim)) if bias else None
         if b_init == "zero":
             self.b = None
+        elif b_init == "random":
+            self.register_buffer("b", torch.randn(types * positions, out_capsules))
         else:
-            b = torch.randn(types * positions, out_capsules)
-            if b_init == "random":
-                self.register_buffer("b", b)
-            else:
-                self.b = nn.Parameter(torch.zeros_like(b))
+            self.b = nn.Parameter(torch.zeros(types * positions, out_capsules))
         if routing == "em":
             self.beta_v = nn.Parameter(torch.zeros(out_capsules))
             self.beta_a = nn.Parameter(torch.zeros(out_capsules))
@@ -305,7 +305,7 @@ class RoutedCapsules(nn.Module):
     def votes(self, u):
         """v_hat_j|i = w_ij u_i: (B, types, P, in_dim) -> (B, types*P, out_capsules, out_dim)."""
         check_shape("u", u, "B types P in_dim", types=self.types, in_dim=self.in_dim)
-        votes = torch.einsum("bgpc,gcjd->bgpjd", u, self.weight)
+        votes = torch.einsum("bgpe,gejd->bgpjd", u, self.weight)
         if self.bias is not None:
             votes = votes + self.bias[:, None]
         return votes.flatten(1, 2)
@@ -318,10 +318,12 @@ class RoutedCapsules(nn.Module):
             check_shape("activation", activation, "B i", B=u.shape[0], i=u.shape[1] * u.shape[2])
         if self.b is not None:
             check_shape("u", u, "B types P in_dim", P=self.b.shape[0] // self.types)
-        # Below this P the votes are faster to have (measured): EM's form without them works with
-        # the (in_dim+1)(in_dim+2)/2 monomials of an input.  A traced graph must not fix the batch.
-        few = 4 if self.routing == "dynamic" else (self.in_dim + 1) * (self.in_dim + 2) // 6
-        if not self.factored or exporting() or u.shape[2] < few:
+        # Below so many positions the votes are faster (measured on a CPU): EM's form without them
+        # works with the monomials of an input.  Exported graphs take votes too: a loop over blocks
+        # of samples would fix the batch.
+        monomials = (self.in_dim + 1) * (self.in_dim + 2) // 2
+        fewest = 4 if self.routing == "dynamic" else monomials // 3
+        if not self.factored or exporting() or u.shape[2] < fewest:
             x, dynamic, em = self.votes(u), dynamic_routing, em_routing
         else:
             x, W = u, self.weight
@@ -341,7 +343,7 @@ class RoutedCapsules(nn.Module):
 #
 # Rounds of routing are a search for how much each lower capsule counts.  capConv learns to say it
 # at once: two convolutions make candidates v1, v2 of the higher capsules, and two more compute
-# from them a coefficient a type and position.
+# from them one coefficient per type and position.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -386,8 +388,8 @@ class CapConv(nn.Module):
     Deviation 6: type I's skip is grouped by type, so that no type meets another outside the aide;
     both skips join before BatchNorm.  Coefficients have a bias that starts at 1: s = v1 + v2 + a
     correction.
-    v1 = master(u): each type from itself, kernel k1;  v2 = aide(u): each type from all others, k2.
-    coefficients: what the m's are computed from, one number a type and position   [Table 3 (1-4)]
+    v1 = master(u): each type from itself, kernel k1;  v2 = aide(u): each type from all others, k2
+    coefficients: what the m's are computed from, one number per type and position [Table 3 (1-4)]
         "own" m1(v1), m2(v2);  "cross" m1(v2), m2(v1);  "both" m1(v1, v2), m2(v1, v2);  None: s = v1
     skip: type I, adds a strided projection of u before BatchNorm; type II layers instead take
         `residual`, which the module hands to the last of a chain   [Table 3 (5-7)]
@@ -481,9 +483,9 @@ class CapFC(nn.Module):
 # Optimal transport between two batches of samples.
 #
 # How far is one cloud of points from another?  Move the mass of the first onto the second along a
-# plan P, a unit of mass from x to y at the cost Q_xy, as cheaply as possible: <Q, P>.  With an
-# entropy eps the best plan is a * exp(-Q/eps) * b, and a, b follow by scaling rows and columns in
-# turn until both marginals are right (Sinkhorn).
+# plan P, a unit of mass from x to y at the cost Q_xy, as cheaply as possible: <Q, P>.  With eps
+# times the entropy of P as a reward the best plan is a * exp(-Q/eps) * b, and a, b follow by
+# scaling rows and columns in turn until both marginals are right (Sinkhorn).
 # ------------------------------------------------------------------------------------------------
 
 
@@ -535,6 +537,7 @@ def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None):
     if Q.dim() < 2:
         raise ValueError(f"Q has {Q.dim()} axes: must have 2 or more, (..., n, m)")
     n, m = Q.shape[-2:]
+    # K >= e^-60 = 9e-27 and the scalings a b <= 1/K stay normal numbers in float32.
     if q_max is not None and q_max <= 60 * eps:
         K = (-Q / eps).exp()                                             # Gibbs kernel
         K_T = K.transpose(-2, -1).contiguous()
@@ -551,8 +554,10 @@ def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None):
 
 
 def sinkhorn_cost(Q, eps=0.1, iterations=10, q_max=None, plan_grad=False):
-    """W_Q = <Q, P>, P by Sinkhorn; no gradient flows through P unless plan_grad.   [Eq. (8)]
+    """W_Q = <Q, P>, P by Sinkhorn.   [Eq. (8)]
 
+    P is a constant unless plan_grad: slightly better in the paper (Table 3 (d2): 4.58, with the
+    gradient 4.77), and at the optimum dW/dQ is P; it saves the backward pass of L iterations.
     Q: (..., n, m) -> (...)
     """
     return transport_cost(Q, sinkhorn_plan(Q if plan_grad else Q.detach(), eps, iterations, q_max))
@@ -694,8 +699,8 @@ class FeedbackUnit(nn.Module):
         """Share of variance between samples in the features of real images.
 
         Of their directions z, which is all that the cosine cost sees: 1 - |mean z|^2 / mean |z|^2.
-        1: they tell samples apart; 0: all samples look alike, the trivial minimum.
-        low: (B, low, H, W) -> scalar, in [0, 1]
+        Towards 1: they tell samples apart; 0: all samples look alike, the trivial minimum.
+        low: (B, low, H, W), in eval mode, or BatchNorm's averages move -> scalar, in [0, 1)
         """
         z = F.normalize(self.extract(low).float())                       # (B, F)
         square = z.square().sum(1).mean()
@@ -871,7 +876,7 @@ def six_layer_stem(in_channels, width, image_size):
     """The four convolutions of Table 1 -> 8*width channels; and the side of their output."""
     channels = (in_channels, width, 2 * width, 4 * width, 8 * width)
     stem = nn.Sequential(*map(conv_bn_relu, channels[:-1], channels[1:], (1, 1, 2, 2)))
-    return stem, math.ceil(math.ceil(image_size / 2) / 2)
+    return stem, math.ceil(image_size / 4)
 
 
 class EncapNet6(Network):
@@ -896,7 +901,8 @@ class CapNet(Network):
     """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
 
     routing, iterations, softmax, normalise, b_init, factored: as RoutedCapsules
-    fifth_conv: one more 3x3 convolution before the capsules; every other row of Table 1 has one
+    fifth_conv: one more 3x3 convolution before the capsules; in the other rows of Table 1 a fifth
+        convolution or capConv stands there
     EM: the activation of a lower capsule is the sigmoid, not the released ReLU, of BatchNorm of a
     convolution; a class score is |squash(mu)|.
     """
@@ -913,7 +919,7 @@ class CapNet(Network):
                        normalise=normalise, factored=factored, positions=side ** 2)
         self.routed = nn.ModuleList([
             RoutedCapsules(types, 8, types * side ** 2, 16, **options),
-            RoutedCapsules(types, 16, num_classes, 16, gain=side, **options)])  # deviation 8
+            RoutedCapsules(types, 16, num_classes, 16, gain=side, **options)])  # reading 8
         if routing == "em":
             self.activation = nn.Sequential(nn.Conv2d(8 * types, types, 3, padding=1, bias=False),
                                             nn.BatchNorm2d(types), nn.Sigmoid())
@@ -924,7 +930,7 @@ class CapNet(Network):
         u = capsules(image, self.types)                                  # (B, G, P, 8)
         if self.routing == "em":
             pose, a = first(u, self.activation(image).flatten(1))        # (B, G*P, 16), (B, G*P)
-            v = squash(last(pose.unflatten(1, u.shape[1:3]), a)[0])      # deviation 5
+            v = squash(last(pose.unflatten(1, u.shape[1:3]), a)[0])      # classes compete by length
         else:
             v = last(first(u).unflatten(1, u.shape[1:3]))
         return lengths(v), v.new_zeros(())
@@ -1068,11 +1074,11 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
 # ------------------------------------------------------------------------------------------------
 # Appendix: routing without votes.
 #
-# The P capsules of type g share W_gj, so u_hat_ij = W_gj u_i is an operator, not a tensor: the
+# The P capsules of type g share W_gj, so v_hat_ij = W_gj u_i is an operator, not a tensor: the
 # 2,048 x 2,048 votes of 16 numbers in Table 1's layer would take 268 MB for every sample.
 #
 # Dynamic.  A vote meets the rest twice.  After r rounds
-#     b_ij = u_hat_ij . (v_1 + .. + v_r) = u_i . key_gj,   key_gj = W_gj^T (v_1 + .. + v_r)
+#     b_ij = v_hat_ij . (v_1 + .. + v_r) = u_i . query_gj,   query_gj = W_gj^T (v_1 + .. + v_r)
 #     s_j  = sum_i c_ij W_gj u_i         = sum_g W_gj (sum_p c_ij u_i)
 # so agreement is an inner product of 8 numbers, and inputs are pooled before they are mapped.
 #
@@ -1080,8 +1086,8 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
 # the mean.  With u_i = centre_g + x_i, a vote is W_gj centre_g + W_gj x_i, so each of the three is
 # a polynomial of degree two in x_i: sums over positions of R x x^T, R x and R are all it takes.
 #
-# Both go through in blocks that backward computes again, each of at most BLOCK numbers, so that no
-# array of n_in x n_out numbers ever lives.
+# Both go through in blocks of about BLOCK numbers that backward computes again, so that neither the
+# votes nor, in Table 1's layer, the n_in x n_out coefficients ever live at once.
 # ------------------------------------------------------------------------------------------------
 
 BLOCK = 2 ** 20                                                          # numbers an array may hold
@@ -1092,32 +1098,32 @@ checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
 def dynamic_rounds(u, W, b0, iterations, pool):
     """The rounds of dynamic routing for the higher capsules of W.
 
-    u: (B, G, P, e);  W: (G, e, j, d);  pool(key (B, G, e, j), b0) -> sum_p c_ij u_i, (B, G, e, j)
+    u: (B, G, P, e);  W: (G, e, j, d);  pool(query (B, G, e, j), b0) -> sum_p c_ij u_i, (B, G, e, j)
     -> v (B, j, d)
     """
     B, G, P, e = u.shape
     W = W.permute(2, 0, 1, 3).flatten(1, 2)                              # (j, G*e, d)
-    key = u.new_zeros(B, G, e, W.shape[0])
+    query = u.new_zeros(B, G, e, W.shape[0])
     V = 0
     for r in range(iterations):
-        pooled = pool(key, b0).flatten(1, 2).permute(2, 0, 1)            # (j, B, G*e)
+        pooled = pool(query, b0).flatten(1, 2).permute(2, 0, 1)            # (j, B, G*e)
         v = squash(pooled @ W)                                           # (j, B, d)
         if r < iterations - 1:
             V = V + v
-            key = (V @ W.mT).permute(1, 2, 0).unflatten(1, (G, e)).contiguous()
+            query = (V @ W.mT).permute(1, 2, 0).unflatten(1, (G, e)).contiguous()
     return v.transpose(0, 1)
 
 
-def pool_in(u, key, b0):
-    """sum_p c_ij u_i, c = softmax over i:  u (B, G, P, e), key (B, G, e, j) -> (B, G, e, j)."""
-    b = u @ key + b0                                                     # (B, G, P, j)
-    c = (b - b.detach().amax((1, 2), keepdim=True)).exp()                # but for its sum
-    return u.mT @ c / c.sum((1, 2), keepdim=True)                        # divide what is small
+def pool_in(u, query, b0):
+    """sum_p c_ij u_i, c = softmax over i:  u (B, G, P, e), query (B, G, e, j) -> the same."""
+    b = u @ query + b0                                                   # (B, G, P, j)
+    c = (b - b.detach().amax((1, 2), keepdim=True)).exp()                # not yet normalised
+    return u.mT @ c / c.sum((1, 2), keepdim=True)                        # here (e, j), not (P, j)
 
 
-def pool_out(u, key, b0):
-    """sum_p c_ij u_i, c = softmax over j:  u (B, G, P, e), key (B, G, e, j) -> (B, G, e, j)."""
-    return u.mT @ (u @ key + b0).softmax(-1)
+def pool_out(u, query, b0):
+    """sum_p c_ij u_i, c = softmax over j:  u (B, G, P, e), query (B, G, e, j) -> the same."""
+    return u.mT @ (u @ query + b0).softmax(-1)
 
 
 def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
@@ -1125,8 +1131,7 @@ def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
 
     With the softmax over i this is iterated attention: queries v_j, keys and values u_i.  Higher
     capsules and samples never interact, so they are routed in blocks; with the softmax over j,
-    types are pooled in blocks.  Backward recomputes each block: no array of n_in x n_out numbers
-    ever lives.
+    types are pooled in blocks.  Backward recomputes each block.
     """
     B, G, P, _ = u.shape
     n_out = W.shape[2]
@@ -1136,14 +1141,14 @@ def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
         size = max(1, BLOCK // (min(samples, B) * G * P))                # higher capsules at once
 
         def route(u, W, b0):
-            return dynamic_rounds(u, W, b0, iterations, lambda key, b0: pool_in(u, key, b0))
+            return dynamic_rounds(u, W, b0, iterations, partial(pool_in, u))
         blocks = list(zip(W.split(size, 2), b0.split(size, 2), strict=True))
         return torch.cat([torch.cat([checkpoint(route, part, *block) for block in blocks], 1)
                           for part in u.split(samples)])
     size = max(1, BLOCK // (B * P * n_out))
 
-    def pool(key, b0):
-        blocks = zip(u.split(size, 1), key.split(size, 1), b0.split(size, 0), strict=True)
+    def pool(query, b0):
+        blocks = zip(u.split(size, 1), query.split(size, 1), b0.split(size, 0), strict=True)
         return torch.cat([checkpoint(pool_out, *block) for block in blocks], 1)
     return dynamic_rounds(u, W, b0, iterations, pool)
 
@@ -1160,7 +1165,7 @@ def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None, normalise="
     """E-step, then the moments of the new assignment, over the votes of some types.
 
     With u = centre + x, a vote is mu + delta + W x, delta = W centre - mu; phi are the monomials
-    of x up to degree 2.  Around the centre of each type and sample float32 loses nothing.
+    of x up to degree 2.  Around the centre of each type and sample float32 loses little.
     phi: (B, g, f, P), the monomials x_a x_b, x_a, 1;  log_a: (B, g, P, 1);  centre: (B, g, e)
     W: (j, e, g, d);  mu, var (B, j, d), log_v (B, j) of the last M-step, or None: R is uniform
     -> over these types log sum R a (B, j), mean (B, j, d), variance (B, j, d)
@@ -1171,11 +1176,11 @@ def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None, normalise="
     if mu is None:
         log_w = log_a - math.log(n_out)                                      # (B, g, P, 1)
     else:
-        delta, p = vote - mu[:, None], 1 / (2 * var)
+        delta, precision = vote - mu[:, None], 1 / (2 * var)         # half of it
         distance = phi.mT @ torch.cat([                                  # (B, g, P, j)
-            torch.einsum("jfgd,bjd->bgfj", W2, p),
-            torch.einsum("jegd,bgjd->bgej", W, 2 * delta * p[:, None]),
-            (delta.square() * p[:, None]).sum(-1)[:, :, None]], 2)
+            torch.einsum("jqgd,bjd->bgqj", W2, precision),
+            torch.einsum("jegd,bgjd->bgej", W, 2 * delta * precision[:, None]),
+            (delta.square() * precision[:, None]).sum(-1)[:, :, None]], 2)
         log_p = -(2 * math.pi * var).log().sum(-1)[:, None, None] / 2 - distance
         log_w = em_assignment(log_p, log_v[:, None, None], normalise) + log_a
     top = log_w.detach().amax((1, 2), keepdim=True)
@@ -1187,7 +1192,7 @@ def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None, normalise="
     Wx = torch.einsum("jegd,bgej->bgjd", W, T1)
     mean = (T0 * vote + Wx).sum(1) / mass
     delta = vote - mean[:, None]
-    square = torch.einsum("jfgd,bgfj->bjd", W2, T2) + (delta * (2 * Wx + T0 * delta)).sum(1)
+    square = torch.einsum("jqgd,bgqj->bjd", W2, T2) + (delta * (2 * Wx + T0 * delta)).sum(1)
     return mass[..., 0].log() + top[:, 0, 0], mean, square / mass
 
 

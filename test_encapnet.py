@@ -377,6 +377,15 @@ def test_margin_loss_is_the_loop(seed, B, K, m_pos, m_neg, lam):
     assert_same(margin_loss(lengths, target, m_pos, m_neg, lam), want, 1e-12, 1e-15)
 
 
+def test_tensors_may_be_named():
+    """full_precision looks at the first tensor, named or not."""
+    lengths, target = torch.tensor([[0.4, 0.3, 0.1]]), torch.tensor([0])
+    assert margin_loss(lengths=lengths, target=target) == margin_loss(lengths, target)
+    half = spread_loss(lengths=lengths.bfloat16(), target=target, margin=0.5)
+    assert half.dtype == torch.float32
+    assert encapnet.cosine_cost(x=lengths, y=lengths).shape == (1, 1)
+
+
 def test_margin_loss_known_answer():
     """Defaults .9, .1, .5:  (.9 - .4)^2 + .5 (.3 - .1)^2 = .27; nothing left once all are right."""
     assert margin_loss(torch.tensor([[0.4, 0.3, 0.1]]), torch.tensor([0])) == pytest.approx(0.27)
