@@ -283,7 +283,8 @@ def note_what_is_read(file):
 
 def test_two_processes_do_what_one_does(place):
     """Loss, feedback over the gathered batch, gradient, and the count of evaluated images."""
-    words = GLOBAL + " --optimizer sgd --batch-size 32 --augment ++ --flip --test-images 13"
+    words = GLOBAL + " --optimizer sgd --batch-size 16 --save-every 0 --augment ++ --flip " \
+        "--test-images 13"
     for name in ("one", "two"):
         (place / name).mkdir()
         (place / name / "data").symlink_to((place / "data").resolve())
@@ -297,7 +298,7 @@ def test_two_processes_do_what_one_does(place):
     one, two = state_of(place / "one/run"), state_of(place / "two/run")
     assert list(one["net"]) == list(two["net"])                       # no prefix of DDP
     gradients, others = ([m["momentum_buffer"] for m in state["optimizer"]["state"].values()]
-                         for state in (one, two))         # what they are after one step
+                         for state in (one, two))         # what they are after two steps
     whole = torch.cat([g.flatten() for g in gradients]).norm()
     for gradient, other in zip(gradients, others, strict=True):
         assert (gradient - other).norm() < 1e-3 * gradient.norm() + 1e-5 * whole

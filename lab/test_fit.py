@@ -18,7 +18,7 @@ from PIL import Image
 
 import encapnet
 from lab import fit
-from lab.config import Config, config_key, make_config
+from lab.config import Config, config_key, make_config, merge
 from lab.data import Data, Split, enlarged, load_data
 from lab.digits import draw_digits
 
@@ -363,6 +363,19 @@ def test_weights_order_and_augmentation_follow_the_seed_and_the_epoch(monkeypatc
         assert 0 <= draws.min() < draws.max() < 1 and len(draws.unique()) == draws.numel()
 
 
+def test_dropout_and_batchnorm_know_training_from_testing(trial):
+    """Two epochs of two steps and two test batches, then the result's own test."""
+    modes = []
+
+    class Moody(Toy):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x)
+    trial(toy_data(), Moody)
+    fit.fit(config_of(epochs=2, output_dir="run"))
+    assert modes[:10] == 2 * [True, True, False, False] + [False, False]
+
+
 def test_the_random_state_goes_on_where_a_run_was_cut_off(trial, monkeypatch):
     trial(toy_data(), NoisyToy)
     plan = config_of(epochs=3, lr=.1, save_every=0, output_dir="whole")
@@ -584,6 +597,8 @@ def test_published_results_keep_their_keys():
 
 
 def test_what_is_given_goes_before_fast_before_the_data_sets_before_the_papers():
+    assert merge({"lr": 1, "set": {"a": 1, "b": 1}}, {"set": {"b": 2}}) == \
+        {"lr": 1, "set": {"a": 1, "b": 2}}
     fields = dict(dataset="imagenet", set={"types": 4})
     paper, fast = make_config(**fields), make_config(**fields, recipe="fast")
     assert (paper.lr, paper.batch_size, paper.clip) == (1e-4, 256, 0)    # the paper's, imagenet's
@@ -652,6 +667,7 @@ NARROW = {"encapnet": SHALLOW, "encapnet-v2": SHALLOW, "encapnet-v3": SHALLOW,
 
 def test_every_model_is_tried():
     assert list(NARROW) == list(encapnet.MODELS)
+    assert {model for model, *_ in LEARNS} == set(encapnet.MODELS)
 
 
 @pytest.fixture
@@ -748,3 +764,37 @@ def test_a_step_in_bfloat16_is_near_the_one_in_float32(model, digits, trial):
     torch.testing.assert_close(half[:2], values[:2], rtol=.05, atol=.02)
     assert F.cosine_similarity(gradient, half_gradient, dim=0) > .7, model
     assert .5 < half_gradient.norm() / gradient.norm() < 2
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning
+# ------------------------------------------------------------------------------------------------
+
+SIX, WIDER = dict(types=4), dict(types=4, depths=(1, 1, 1, 1))
+LEARNS = [   # model, its keywords, its training, the test error in % that it must end below
+    ("encapnet-small", {}, dict(lam=10., train_images=6000, epochs=4), 20),
+    ("encapnet", WIDER, {}, 75),
+    ("encapnet-v2", WIDER, dict(image_size=64), 75),
+    ("encapnet-v3", WIDER, dict(image_size=64), 75),
+    ("encapnet6", SIX, {}, 50),
+    ("encapnet6-master", SIX, {}, 58),
+    ("capnet-dynamic", dict(SIX, fifth_conv=True), dict(batch_size=16), 75),
+    ("capnet-em", dict(types=2, iterations=3), dict(batch_size=16), 75),
+    ("cnn-same", dict(width=.25), {}, 65),
+    ("cnn-similar", dict(width=.5), {}, 45),
+    ("resnet18", dict(width=.125), {}, 20),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, keywords, fields, limit", LEARNS)
+def test_every_model_learns(model, keywords, fields, limit, monkeypatch, tmp_path):
+    """Printed digits, 4,000 for three epochs if not said otherwise, in typefaces never seen.
+
+    Chance is 90 %; each takes a minute or two on one thread, for which this is how far it comes.
+    """
+    monkeypatch.chdir(tmp_path)
+    few = dict(train_images=4000, test_images=1000, epochs=3, channels_last=False)
+    config = make_config(model=model, set=keywords, output_dir="run", device="cpu",
+                         **{**few, **fields})
+    assert fit.fit(config)["error"] < limit
