@@ -15,7 +15,7 @@ from PIL import Image
 
 import encapnet
 import train
-from conftest import FOLDER, assert_one_line, state_of
+from conftest import FOLDER, HERE, assert_one_line, state_of
 from lab import bench
 from lab.config import AUGMENT, DATASETS, config_key, make_config
 from lab.fit import learning_rate, load
@@ -174,6 +174,20 @@ def test_a_trained_network_in_another_program_says_what_predict_says(trained, cl
     pixels = torch.tensor(np.array(Image.open(image))).permute(2, 0, 1) / 255
     want = (pixels - state["mean"].view(3, 1, 1)) / state["std"].view(3, 1, 1)
     torch.testing.assert_close(transform(image)[0], want)
+
+
+def test_the_readme_s_example_of_a_trained_network_runs(trained, cli, pictures):
+    """But for the last line, which wants onnx; exporting to it is tested with the networks."""
+    text = (HERE / "README.md").read_text()
+    example, = (code for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+                if "import load" in code)
+    Path("runs").mkdir()
+    Path("runs/digits-encapnet-small-0").symlink_to(trained)
+    shutil.copy(pictures / "test/ant/0.png", "digit.png")
+    scope = {}
+    exec(example[:example.index("torch.onnx.export")], scope)
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(scope["program"].module()(x)[0], scope["net"](x)[0])
 
 
 def test_weights_of_wrapped_models_are_interchangeable(trained, cli):
