@@ -638,9 +638,10 @@ def render_speed(entries):
 
 
 def render_runs(runs):
-    """The single runs, those of no table: command, device, time, error."""
+    """The single runs, those of no table; what gradients were clipped to, as recipes gained it."""
     rows = [[f"`{r['environment']['command']}`", r["data"], f"{r['error']:.2f}", r["epochs"],
-             clock(r["seconds"]),
+             r["config"].get("clip") or "never", clock(r["seconds"]),
              r["environment"]["device"]] for r in runs.values() if r["outcome"] == "ok"
             and not re.search("--table|--figure", r["environment"]["command"])]
-    return markdown(["command", "data", "test error %", "epochs", "time", "device"], rows)
+    return markdown(["command", "data", "test error %", "epochs", "clipped to", "time", "device"],
+                    rows)
