@@ -12,7 +12,7 @@
 
 A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, an entry an
 epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
-goes on with --resume as if nothing had happened.  runs/results.jsonl collects the results.
+goes on with --resume, bit for bit on a CPU.  runs/results.jsonl collects the results.
 """
 import argparse
 import dataclasses
@@ -54,7 +54,7 @@ def make_parser():
     commands.add_argument("--table", type=name_of, choices=[1, 2, *list(TABLES)[1:]],
                           help="run a table of the paper, or a study of ours")
     commands.add_argument("--row", nargs="+", metavar="TEXT",
-                          help="only its rows with this in their name")
+                          help="run only rows with this in their name; others print as known")
     commands.add_argument("--seeds", type=number(1), metavar="K", help="of each row (default: 1)")
     commands.add_argument("--figure", type=name_of, choices=list(FIGURES),
                           help="run and draw a figure of the paper, or draw a study")
@@ -65,9 +65,10 @@ def make_parser():
     commands.add_argument("--bench", nargs="?", const="step",
                           choices=("step", "routing", "sinkhorn", "network", "scaling"),
                           help="speed and memory of training, or of its parts beside others' code")
-    commands.add_argument("--test-only", action="store_true", help="test the network of --resume")
+    commands.add_argument("--test-only", action="store_true",
+                          help="test the network of --resume (default: newest)")
     commands.add_argument("--predict", nargs="+", metavar="IMAGE",
-                          help="classify with the network of --resume")
+                          help="images or folders: classify with the network of --resume")
     commands.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
     groups = {}
@@ -143,7 +144,7 @@ def train(given):
 def show_list():
     print("models:")
     for name in models():
-        about = encapnet.MODELS[name] if name in encapnet.MODELS else ("torchvision's", "")
+        about = encapnet.MODELS[name] if name in encapnet.MODELS else ("of torchvision", "")
         kind = getattr(about[0], "__name__", about[0])
         print(f"  {name:18}", kind, json.dumps(about[1]) if about[1] else "")
     print("data sets:")

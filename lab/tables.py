@@ -600,8 +600,8 @@ def report(check, parse):
                 raise Problem(f"{match[1]}: only flags of a run here")
             name = int(table) if table.isdigit() else table
             blocks = render_table(name, given, (runs, benches))
-            text = "\n\n".join([blocks[int(part) - 1]] if part else blocks)
-            text += f"\n\n`python train.py --table {shlex.join([table, *words[1:]])}`"
+            text = blocks[int(part) - 1] if part else "\n\n".join(
+                [*blocks, f"`python train.py --table {shlex.join([table, *words[1:]])}`"])
         return f"<!-- {match[1]} -->\n{text}\n<!-- end -->"
 
     pages = [page for page in (README, PUBLISHED / "README.md") if page.exists()]

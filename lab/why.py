@@ -150,8 +150,9 @@ def command(words):
     parser = Parser("lab.why", description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=("em", "burst"))
     parser.add_argument("--steps", type=number(1), default=400, help="of burst (default: 400)")
-    parser.add_argument("--data-path", default="data", metavar="DIR")
-    parser.add_argument("--output-dir", type=Path, default=RUNS, metavar="DIR")
+    parser.add_argument("--data-path", default="data", metavar="DIR", help="with MNIST, for em")
+    parser.add_argument("--output-dir", type=Path, default=RUNS, metavar="DIR",
+                        help="of the figure and its numbers (default: runs)")
     given = parser.parse_args(words)
     figure, found = em(given.data_path) if given.name == "em" else burst(given.data_path,
                                                                          given.steps)
