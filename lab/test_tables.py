@@ -1,4 +1,5 @@
 """Tables and figures: a cell is the result of the run that its row and column name."""
+import dataclasses
 import functools
 import json
 import math
@@ -234,6 +235,7 @@ def result(config, seed=None, **values):
     return {"key": config_key(config), "seed": config.seed if seed is None else seed,
             "error": 10.0, "top5_error": 5.0, "outcome": "ok", "epochs": config.epochs,
             "seconds": 60.0, "data": config.dataset, "model": config.model,
+            "config": dataclasses.asdict(config),
             "environment": {"device": "H100", "command": "python train.py --table"}, **values}
 
 
@@ -550,7 +552,9 @@ def test_report_renders_and_checks(cli):
     config = make_config(dataset="mnist", model="capnet-dynamic", set={"iterations": 4}, epochs=3)
     single = dict(environment={"device": "a CPU", "command": "python train.py --lr 1"}, seconds=83,
                   error=4.5, epochs=7)
-    published(result(config), result(make_config(lr=1.0), **single))
+    old = result(make_config(lr=2.0), **single)
+    del old["config"]["clip"]                                          # from before the flag
+    published(result(config), result(make_config(lr=1.0, clip=2.0), **single), old)
     with open("results/more.jsonl", "w") as file:                      # later lines win
         for ours, theirs in ((None, 5.0), (2.0, 6.0)):
             line = dict(what="squash", instead="loops", ours_seconds=0.002, ours_MB=ours,
@@ -565,7 +569,8 @@ def test_report_renders_and_checks(cli):
     assert text.startswith("before") and "after" in text and "stale" not in text
     assert numbers(text, "4") == ["14.25", "10.00", "–", "1 seed, 3 epochs, H100"]
     assert f"--table {words}" in text
-    assert "| `python train.py --lr 1` | digits | 4.50 | 7 | 1m23s | a CPU |" in text
+    assert "| `python train.py --lr 1` | digits | 4.50 | 7 | 2.0 | 1m23s | a CPU |" in text
+    assert "| 7 | never | 1m23s | a CPU |" in text
     assert numbers(text, "squash") == [*"loops 2.0 6.0 3.00 2 3 1.50".split(), "CPU, 1 thread"]
     Path("README.md").write_text(text.replace("14.25", "14.26"))
     assert_one_line(cli("--report --check"), "does not agree", code=1)
