@@ -212,19 +212,22 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
 # ------------------------------------------------------------------------------------------------
 
 
-def check_scores(lengths, target):
+def one_hot(lengths, target):
+    """T (B, K), 1 for the class in target (B,), 0 elsewhere."""
     check_shape("lengths", lengths, "B K")
     check_shape("target", target, "B", B=lengths.shape[0])
+    return torch.zeros_like(lengths).scatter(1, target[:, None], 1)
 
 
 @full_precision
 def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
     """Sum_k T_k max(0, m+ - |v_k|)^2 + lam (1 - T_k) max(0, |v_k| - m-)^2.   [Sec. 3.2]
 
-    lengths: (B, K);  target: (B,), class numbers -> scalar
+    lengths: (B, K);  target: (B,), class numbers, or T itself, (B, K) of 0 and 1, where several
+    classes or none are present -> scalar
     """
-    check_scores(lengths, target)
-    T = F.one_hot(target, lengths.shape[1]).to(lengths.dtype)
+    T = one_hot(lengths, target) if target.dim() == 1 else target.to(lengths.dtype)
+    check_shape("target", T, "B K", B=lengths.shape[0], K=lengths.shape[1])
     present, absent = (m_pos - lengths).relu().square(), (lengths - m_neg).relu().square()
     return (T * present + lam * (1 - T) * absent).sum(1).mean()
 
@@ -235,9 +238,8 @@ def spread_loss(lengths, target, margin):
 
     lengths: (B, K);  target: (B,);  margin: annealed 0.2 -> 0.9 by train.py -> scalar
     """
-    check_scores(lengths, target)
+    others = 1 - one_hot(lengths, target)
     a_t = lengths.gather(1, target[:, None])                             # (B, 1)
-    others = 1 - F.one_hot(target, lengths.shape[1]).to(lengths.dtype)
     return ((margin - (a_t - lengths)).relu().square() * others).sum(1).mean()
 
 
@@ -261,6 +263,7 @@ class RoutedCapsules(nn.Module):
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
         the last two are one number a pair (i, j) and need `positions`, the P of the inputs
     normalise: of EM, as em_routing
+    factored: False always takes the votes, as torch.func, vmap and torch.compile of EM need it
     gain: on the initial scale, 0.3 sqrt(types / in_dim), which makes v a few tenths long at Table
         1's size, neither lost nor saturated by squash (reading 8; the paper says "Gaussian").
         gain=1 suits inputs that are alike at all P positions; where each position has a pose of its
@@ -512,6 +515,8 @@ def transport_cost(Q, P):
 @full_precision
 def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None):
     """Entropic transport plan between uniform marginals, L Sinkhorn iterations.   [Eqs. (9), (10)]
+
+    Samples of a batch weigh the same; clouds with weights of their own are for ot.sinkhorn.
 
     Deviation 1: Eq. (9) prints b(l+1) = 1/(K a(l)); a(0) is undefined, so a(l+1) is meant.  Columns
     first, as printed; the released code begins with rows.
@@ -1045,8 +1050,17 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
 # ------------------------------------------------------------------------------------------------
 
 BLOCK = 2 ** 20                                                          # numbers an array may hold
-checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
-                     preserve_rng_state=False)
+
+
+def checkpoint(function, *args, **keywords):
+    """function(*args, **keywords), whose backward computes it again instead of keeping it."""
+    try:
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False,
+                                                 preserve_rng_state=False, **keywords)
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            raise RuntimeError("torch.func and vmap need factored=False, the votes") from error
+        raise
 
 
 def dynamic_rounds(u, W, iterations, pool):

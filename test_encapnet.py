@@ -378,6 +378,25 @@ def test_margin_loss_is_the_loop(seed, B, K, m_pos, m_neg, lam):
     assert_same(margin_loss(lengths, target, m_pos, m_neg, lam), want, 1e-12, 1e-15)
 
 
+@given(seeds, sizes, st.integers(2, 6))
+def test_margin_loss_of_several_labels_is_the_loop(seed, B, K):
+    """Any set of classes may be present, none and all too."""
+    lengths = randn(B, K, seed=seed).sigmoid()
+    present = randn(B, K, seed=seed + 1) > 0
+    want = sum(max(0, .9 - a) ** 2 if there else .5 * max(0, a - .1) ** 2
+               for row, truth in zip(lengths.tolist(), present.tolist(), strict=True)
+               for a, there in zip(row, truth, strict=True)) / B
+    for target in present, present.long(), present.float():
+        assert_same(margin_loss(lengths, target), want, 1e-12, 1e-15)
+
+
+@pytest.mark.parametrize("loss", [margin_loss, partial(spread_loss, margin=0.5)])
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_a_class_that_is_not_there_is_an_error(loss, wrong):
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        loss(zeros(1, 3), torch.tensor([wrong]))
+
+
 def test_tensors_may_be_named():
     """full_precision looks at the first tensor, named or not."""
     lengths, target = torch.tensor([[0.4, 0.3, 0.1]]), torch.tensor([0])
@@ -1293,6 +1312,44 @@ def test_encapnet_compiles_without_a_graph_break(backend, training):
         assert_same(a, b, 1e-6, 1e-9)
 
 
+def gradients(model, x, target):
+    """Per-sample gradients of every weight, by vmap.   -> {name: (B, ...)}"""
+    def loss(weights, x, target):
+        scores, _ = torch.func.functional_call(model, weights, (x[None],))
+        return margin_loss(scores, target[None])
+    weights = dict(model.named_parameters())
+    return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, target)
+
+
+@pytest.mark.parametrize("name", ["capnet-dynamic", "capnet-em", "encapnet6"])
+def test_gradients_of_single_samples_by_vmap(name):
+    kwargs = dict(types=2) if name == "encapnet6" else dict(types=2, factored=False)
+    model = build(name, 5, 1, 16, **kwargs).double().eval()
+    x, target = randn(3, 1, 16, 16), torch.tensor([4, 0, 2])
+    got = gradients(model, x, target)
+    for n in range(3):
+        want = torch.autograd.grad(margin_loss(model(x[n:n + 1])[0], target[n:n + 1]),
+                                   list(model.parameters()))
+        for g, w in zip(got.values(), want, strict=True):
+            assert_same(g[n], w, 1e-9, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["capnet-dynamic", "capnet-em"])
+def test_vmap_without_votes_says_what_to_do(name):
+    model = build(name, 5, 1, 16, types=2).eval()
+    with pytest.raises(RuntimeError, match="factored=False"):
+        gradients(model, zeros(3, 1, 16, 16), torch.tensor([4, 0, 2]))
+
+
+@slow
+@pytest.mark.parametrize("name, factored", [
+    ("capnet-dynamic", True), ("capnet-dynamic", False), ("capnet-em", False)])
+def test_capnet_compiles(name, factored):
+    model, x = build(name, 5, 1, 16, types=2, factored=factored), randn(4, 1, 16, 16).float()
+    want = model(x)[0]
+    assert_same(torch.compile(copy.deepcopy(model))(x)[0], want, 1e-5)
+
+
 # --------------------------------------------------------------------------- wrong arguments
 
 zeros, ROUTED, CONV = torch.zeros, partial(RoutedCapsules, 2, 3, 4, 5), partial(CapConv, 2, 3, 3)
@@ -1355,6 +1412,8 @@ def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(call, argu
     (lambda: CapFC(3, 2, 4)(zeros(1, 3, 1)), "u .*1, 3, 1.*d=2"),
     (lambda: margin_loss(zeros(2), zeros(2).long()), "lengths .*2.*B, K"),
     (lambda: margin_loss(zeros(2, 3), zeros(1).long()), "target .*1.*B=2"),
+    (lambda: margin_loss(zeros(2, 3), zeros(1, 3)), "target .*1, 3.*B=2, K=3"),
+    (lambda: margin_loss(zeros(2, 3), zeros(2, 1)), "target .*2, 1.*B=2, K=3"),
     (lambda: spread_loss(zeros(2, 3), zeros(1).long(), 0.5), "target .*1.*B=2"),
     *((lambda name=name: network(name, torch.float32)(zeros(1, 1, 32, 32)), "x .*1, 1, 32, 32.*C=3")
       for name in MODELS),
