@@ -4,6 +4,7 @@ The oracles share no code with the module: they are loops over single numbers, i
 written from the paper. A test named after a property holds for every input hypothesis draws.
 """
 import copy
+import inspect
 import math
 import re
 from functools import partial
@@ -375,6 +376,25 @@ def test_margin_loss_is_the_loop(seed, B, K, m_pos, m_neg, lam):
                for row, t in zip(lengths.tolist(), target.tolist(), strict=True)
                for k, a in enumerate(row)) / B
     assert_same(margin_loss(lengths, target, m_pos, m_neg, lam), want, 1e-12, 1e-15)
+
+
+@given(seeds, sizes, st.integers(2, 6))
+def test_margin_loss_of_several_labels_is_the_loop(seed, B, K):
+    """Any set of classes may be present, none and all too."""
+    lengths = randn(B, K, seed=seed).sigmoid()
+    present = randn(B, K, seed=seed + 1) > 0
+    want = sum(max(0, .9 - a) ** 2 if there else .5 * max(0, a - .1) ** 2
+               for row, truth in zip(lengths.tolist(), present.tolist(), strict=True)
+               for a, there in zip(row, truth, strict=True)) / B
+    for target in present, present.long(), present.float():
+        assert_same(margin_loss(lengths, target), want, 1e-12, 1e-15)
+
+
+@pytest.mark.parametrize("loss", [margin_loss, partial(spread_loss, margin=0.5)])
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_a_class_that_is_not_there_is_an_error(loss, wrong):
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        loss(zeros(1, 3), torch.tensor([wrong]))
 
 
 def test_tensors_may_be_named():
@@ -1120,8 +1140,10 @@ def test_counts_of_section_3_1():
 
 
 def test_parameters_are_as_documented():
-    """Rows `name  millions` of build's docstring, in the digits they print."""
-    rows = dict(re.findall(r"^ *([a-z][\w-]+) +(\d+\.\d+)\b", build.__doc__, re.M))
+    """Lines `"name": .. # millions` of the registry, in the digits they print."""
+    text = inspect.getsource(encapnet).split("\nMODELS = ")[1].split("\n}\n")[0]
+    rows = dict(re.findall(r'"([\w-]+)": +\((?:[^#]*)# (\d+\.\d+)', text))
+    assert list(rows) == list(MODELS)
     for name in MODELS:
         size = {"encapnet-v2": 128, "encapnet-v3": 224}.get(name, 32)
         count = sum(p.numel() for p in on_meta(name, size)[0].parameters())
@@ -1290,6 +1312,44 @@ def test_encapnet_compiles_without_a_graph_break(backend, training):
         assert_same(a, b, 1e-6, 1e-9)
 
 
+def gradients(model, x, target):
+    """Per-sample gradients of every weight, by vmap.   -> {name: (B, ...)}"""
+    def loss(weights, x, target):
+        scores, _ = torch.func.functional_call(model, weights, (x[None],))
+        return margin_loss(scores, target[None])
+    weights = dict(model.named_parameters())
+    return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, target)
+
+
+@pytest.mark.parametrize("name", ["capnet-dynamic", "capnet-em", "encapnet6"])
+def test_gradients_of_single_samples_by_vmap(name):
+    kwargs = dict(types=2) if name == "encapnet6" else dict(types=2, factored=False)
+    model = build(name, 5, 1, 16, **kwargs).double().eval()
+    x, target = randn(3, 1, 16, 16), torch.tensor([4, 0, 2])
+    got = gradients(model, x, target)
+    for n in range(3):
+        want = torch.autograd.grad(margin_loss(model(x[n:n + 1])[0], target[n:n + 1]),
+                                   list(model.parameters()))
+        for g, w in zip(got.values(), want, strict=True):
+            assert_same(g[n], w, 1e-9, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["capnet-dynamic", "capnet-em"])
+def test_vmap_without_votes_says_what_to_do(name):
+    model = build(name, 5, 1, 16, types=2).eval()
+    with pytest.raises(RuntimeError, match="factored=False"):
+        gradients(model, zeros(3, 1, 16, 16), torch.tensor([4, 0, 2]))
+
+
+@slow
+@pytest.mark.parametrize("name, factored", [
+    ("capnet-dynamic", True), ("capnet-dynamic", False), ("capnet-em", False)])
+def test_capnet_compiles(name, factored):
+    model, x = build(name, 5, 1, 16, types=2, factored=factored), randn(4, 1, 16, 16).float()
+    want = model(x)[0]
+    assert_same(torch.compile(copy.deepcopy(model))(x)[0], want, 1e-5)
+
+
 # --------------------------------------------------------------------------- wrong arguments
 
 zeros, ROUTED, CONV = torch.zeros, partial(RoutedCapsules, 2, 3, 4, 5), partial(CapConv, 2, 3, 3)
@@ -1299,17 +1359,22 @@ TEXT = dict(ids=lambda x: x if isinstance(x, str) else "")
 
 @pytest.mark.parametrize("call, argument, allowed", [
     (lambda: build("encapnett"), "name='encapnett'", "'resnet18'"),
-    (lambda: build("encapnet", width=2), "width=2", "depths"),
+    (lambda: build("encapnet", width=2), "width", "depths"),
     (lambda: build("encapnet", num_classes=0), "num_classes=0", "positive"),
     (lambda: build("encapnet", in_channels=-1), "in_channels=-1", "positive"),
     (lambda: build("cnn-same", num_classes=2.5), "num_classes=2.5", "positive int"),
     (lambda: build("resnet18", in_channels=0), "in_channels=0", "positive"),
     (lambda: build("encapnet", types=True), "types=True", "positive"),
+    (lambda: build("encapnet6", types=0), "types=0", "positive"),
+    (lambda: build("capnet-em", types=-1), "types=-1", "positive"),
+    (lambda: build("encapnet", stem_stride=0), "stem_stride=0", "positive"),
+    (lambda: build("encapnet6", aide_kernel=-1), "aide_kernel=-1", "positive"),
     (lambda: build("encapnet", skip="III"), "skip='III'", "'both'"),
     (lambda: build("encapnet", feedback=3), "feedback=3", "0, 1, 2"),
     (lambda: build("encapnet", dims=(1, 2)), "dims=(1, 2)", "one number more"),
-    (lambda: build("encapnet", dims=(1, 2, 4, 8, 0)), "=0", "positive"),
-    (lambda: build("encapnet", depths=(3, 3, 3, 0)), "depths=0", "positive"),
+    (lambda: build("encapnet", dims=(1, 2, 4, 8, 0)), "dims=(1, 2, 4, 8, 0)", "positive int"),
+    (lambda: build("encapnet", depths=[3, 3, 3, 0]), "depths=[3, 3, 3, 0]", "positive int"),
+    (lambda: build("resnet18", blocks=(2, 2.5)), "blocks=(2, 2.5)", "positive int"),
     (lambda: build("encapnet", coefficients=("own",)), "coefficients=('own',)", "4"),
     (lambda: build("encapnet", divergence="js"), "divergence='js'", "'ot', 'kl'"),
     (lambda: build("encapnet", iterations=0), "iterations=0", "positive"),
@@ -1325,13 +1390,10 @@ TEXT = dict(ids=lambda x: x if isinstance(x, str) else "")
     (lambda: ROUTED(softmax="over"), "softmax='over'", "'in', 'out'"),
     (lambda: ROUTED(b_init="ones"), "b_init='ones'", "'zero', 'random', 'learnable'"),
     (lambda: ROUTED(b_init="learnable"), "positions=None", "b_init='learnable'"),
-    (lambda: ROUTED("em")(zeros(2, 2, 4, 3)), "activation=None", "routing='em'"),
     (lambda: CONV(coefficients="all"), "coefficients='all'", "'both', 'own', 'cross', None"),
-    (lambda: CONV(stride=0), "stride=0", "positive"),
     (lambda: CONV(types=1), "types=1", "2 or more"),
     (lambda: CONV(aide_kernel=2), "aide_kernel=2", "odd"),
     (lambda: CapConv(2, 3, 4), "kernel_size=4", "odd"),
-    (lambda: CapFC(0, 2, 3), "in_capsules=0", "positive"),
 ], **TEXT)
 def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(call, argument, allowed):
     with pytest.raises(ValueError, match=f"{re.escape(argument)}.*{re.escape(allowed)}"):
@@ -1339,27 +1401,40 @@ def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(call, argu
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: dynamic_routing(VOTES[0]), "votes has 3 axes.*B, i, j, d"),
-    (lambda: dynamic_routing(VOTES, b0=zeros(4, 2)), "b0 .*must broadcast"),
-    (lambda: em_routing(VOTES, zeros(2, 5), zeros(3), zeros(3)), "activation .* axis 1 .i.*4"),
-    (lambda: em_routing(VOTES, zeros(2, 4), zeros(2), zeros(3)), "beta_v .* axis 0 .j.*3"),
-    (lambda: em_routing(VOTES, zeros(2, 4), zeros(3), zeros(1)), "beta_a .* axis 0 .j.*3"),
-    (lambda: ROUTED()(zeros(2, 3, 4, 3)), "u .* axis 1 .types.*2"),
-    (lambda: ROUTED()(zeros(2, 2, 4, 2)), "u .* axis 3 .in_dim.*3"),
-    (lambda: ROUTED(b_init="random", positions=6)(zeros(2, 2, 4, 3)), "u .* axis 2 .P.*6"),
-    (lambda: ROUTED("em")(zeros(2, 2, 4, 3), zeros(2, 7)), "activation .* axis 1 .i.*8"),
-    (lambda: CONV(types=2)(zeros(1, 5, 8, 8)), r"u .* axis 1 .types\*in_dim.*4"),
-    (lambda: CONV(types=2)(zeros(1, 4, 8, 8), zeros(1, 6, 8, 7)), "residual .* axis 3 .W.*8"),
-    (lambda: CapFC(3, 2, 4)(zeros(1, 4, 2)), "u .* axis 1 .n.*3"),
-    (lambda: CapFC(3, 2, 4)(zeros(1, 3, 1)), "u .* axis 2 .d.*2"),
-    (lambda: margin_loss(zeros(2), zeros(2).long()), "lengths has 1 axes.*B, K"),
-    (lambda: margin_loss(zeros(2, 3), zeros(1).long()), "target .* axis 0 .B.*2"),
-    (lambda: spread_loss(zeros(2, 3), zeros(1).long(), 0.5), "target .* axis 0 .B.*2"),
-    *((lambda name=name: network(name, torch.float32)(zeros(1, 1, 32, 32)), "x .* axis 1 .*3")
+    (lambda: em_routing(VOTES, zeros(2, 5), zeros(3), zeros(3)), "activation .*2, 5.*B=2, i=4"),
+    (lambda: em_routing(VOTES, zeros(4), zeros(3), zeros(3)), "activation .*4.*B, i"),
+    (lambda: em_routing(VOTES, zeros(2, 4), zeros(1), zeros(3)), "beta_v .*1.*j=3"),
+    (lambda: em_routing(VOTES, zeros(2, 4), zeros(3), zeros(1)), "beta_a .*1.*j=3"),
+    (lambda: ROUTED()(zeros(2, 1, 4, 3)), "u .*2, 1, 4, 3.*types=2"),
+    (lambda: ROUTED()(zeros(2, 2, 4, 1)), "u .*2, 2, 4, 1.*in_dim=3"),
+    (lambda: ROUTED(b_init="random", positions=6)(zeros(2, 2, 4, 3)), "u .*2, 2, 4, 3.*P=6"),
+    (lambda: CapFC(3, 2, 4)(zeros(1, 1, 2)), "u .*1, 1, 2.*i=3"),
+    (lambda: CapFC(3, 2, 4)(zeros(1, 3, 1)), "u .*1, 3, 1.*d=2"),
+    (lambda: margin_loss(zeros(2), zeros(2).long()), "lengths .*2.*B, K"),
+    (lambda: margin_loss(zeros(2, 3), zeros(1).long()), "target .*1.*B=2"),
+    (lambda: margin_loss(zeros(2, 3), zeros(1, 3)), "target .*1, 3.*B=2, K=3"),
+    (lambda: margin_loss(zeros(2, 3), zeros(2, 1)), "target .*2, 1.*B=2, K=3"),
+    (lambda: spread_loss(zeros(2, 3), zeros(1).long(), 0.5), "target .*1.*B=2"),
+    *((lambda name=name: network(name, torch.float32)(zeros(1, 1, 32, 32)), "x .*1, 1, 32, 32.*C=3")
       for name in MODELS),
-    *((lambda name=name: network(name, torch.float32)(zeros(1, 3, 32, 24)), "axis . .*")
-      for name in MODELS if not MODELS[name][0].logits),
+    *((lambda name=name: network(name, torch.float32)(zeros(1, 3, 32, 24)), "x .*32, 24.*W=32")
+      for name in MODELS),
 ], **TEXT)
-def test_a_tensor_of_the_wrong_shape_says_which_axis(call, words):
+def test_a_tensor_of_the_wrong_shape_is_named_with_what_it_must_be(call, words):
+    """Above all where PyTorch would broadcast it and say nothing."""
     with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: dynamic_routing(VOTES[0]), "3"),
+    (lambda: dynamic_routing(VOTES, b0=zeros(4, 2)), "2.*3"),
+    (lambda: dynamic_routing(VOTES[:, :1], b0=zeros(4, 3)), "4"),
+    (lambda: ROUTED("em", factored=False)(zeros(2, 2, 4, 3), zeros(2, 7)), "7.*i=8"),
+    (lambda: ROUTED("em")(zeros(2, 2, 4, 3), zeros(2, 7)), "2, 2, 4, 1.*14|7.*i=8"),
+    (lambda: CONV(types=2)(zeros(1, 5, 8, 8)), "4 channels.*5"),
+    (lambda: CONV(types=2)(zeros(1, 4, 8, 8), zeros(1, 6, 8, 7)), "8.*7"),
+], **TEXT)
+def test_where_pytorch_names_the_sizes_its_error_will_do(call, words):
+    with pytest.raises((ValueError, RuntimeError), match=words):
         call()
