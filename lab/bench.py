@@ -87,14 +87,9 @@ def extra_memory(step, device):
     return status("VmHWM") - before
 
 
-def on_one_thread(device):
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-
-
 def costs_here(what, cases, device):
     """[what(step)] of cases (maker, its arguments ...), smallest first: it also warms up."""
-    on_one_thread(device)
+    torch.set_num_threads(1)
     results = []
     for maker, *arguments in (cases[0], *cases):
         torch.manual_seed(0)
@@ -122,19 +117,15 @@ def costs(cases, device):
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
-def where(device):
-    """The environment of what was measured, on a CPU with one thread."""
-    return {**environment(device), **({"device": "CPU, 1 thread"} if device.type == "cpu" else {})}
-
-
 def compare(what, costs, device):
     """Print and record.   costs: {name: (seconds, bytes or None), or None: not run}, ours first"""
     (_, ours), *peers = costs.items()
+    where = environment(device)
     for name, theirs in peers:
         seconds, memory = theirs or (None, None)
         line = {"what": what, "instead": name, "ours_seconds": ours[0], "seconds": seconds,
                 "ours_MB": ours[1] and ours[1] / 1e6, "MB": memory and memory / 1e6,
-                **{k: where(device)[k] for k in ("device", "commit", "torch", "command")}}
+                **{k: where[k] for k in ("device", "commit", "torch", "command")}}
         say(f"{what}: {1e3 * ours[0]:,.1f} ms; {name}: "
             + (f"{1e3 * seconds:,.1f} ms, ratio {seconds / ours[0]:.2f}" if theirs else "not run"))
         record({"speed": line})
@@ -200,6 +191,11 @@ def bench_step(config, seconds=3.0):
         record({"bench": line})
 
 
+def costs_of(config, lines):
+    """Those of bench_step's lines that have these settings, with any batch and device."""
+    return [line for line in lines if cost_key(config).items() <= line.items()]
+
+
 FORMS = {"without feedback": (0, False), "--compile": (0, True),       # units, compiled
          "1 unit a module": (1, False), "2 units a module": (2, False)}
 
@@ -213,8 +209,7 @@ def network_step(model, changes, batch, side, compiled, device):
 
 
 def network_seconds(device, batch, changes=None):
-    """{form: seconds of a training step of EncapNet v1}, in turn on one CPU thread."""
-    on_one_thread(device)
+    """{form: seconds of a training step of EncapNet v1}, in turn."""
     return timed_in_turn(
         {name: network_step("encapnet", {**(changes or {}), "feedback": units}, batch, 32,
                             compiled, device) for name, (units, compiled) in FORMS.items()},
@@ -342,8 +337,7 @@ def divergence_step(divergence, batch, dim, device, problems=1):
 
 
 def sinkhorn_seconds(peers, device, batch=128, dim=16, problems=1):
-    """Seconds of "ours" and of every peer (x, y) -> divergences, in turn on one thread."""
-    on_one_thread(device)
+    """Seconds of "ours" and of every peer (x, y) -> divergences, in turn."""
     torch.manual_seed(0)
     return timed_in_turn({name: divergence_step(function, batch, dim, device, problems)
                           for name, function in {"ours": OURS, **peers}.items()}, device)
@@ -404,7 +398,7 @@ def bench_scaling(device, sweeps=SWEEPS):
                     lines.append({"of": name, "what": unit, "against": axis, "values": values,
                                   "measured": y, "exponent": exponent(values, y)})
                     say(f"{name}, {unit} against {axis}: n^{lines[-1]['exponent']:.2f}")
-                    record({"scaling": {**lines[-1], **where(device)}})
+                    record({"scaling": {**lines[-1], **environment(device)}})
     draw_scaling(lines, RUNS / "scaling.png")
 
 
@@ -419,6 +413,7 @@ def run_bench(name, config):
     device, threads = start(config), torch.get_num_threads()
     if device.type != "cuda" and not (device.type == "cpu" and CLEAR_REFS.exists()):
         raise Problem(f"--bench {name} needs a GPU, or the account that Linux gives of a process")
+    torch.set_num_threads(1)
     try:
         BENCHES[name](device)
     finally:

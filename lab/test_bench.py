@@ -226,6 +226,14 @@ def test_help_and_errors_of_bench_speak_to_its_user(capsys):
 
 # The targets, least ratio of time and of memory: pytest -m speed, on a quiet machine
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 ROUTING = [("dynamic", 1, 4, 5), ("dynamic", 4, 10, 25), ("em", 1, 2, 12), ("em", 4, 5, 50)]
 
 
@@ -256,7 +264,7 @@ def test_speed_of_digitcaps(batch, faster):
 @pytest.mark.speed
 @pytest.mark.parametrize("name, faster", [("ot.sinkhorn", 2.5), ("geomloss", 3),
                                           ("POT batch, projection", 1.15)])
-def test_speed_of_the_divergence(name, faster):
+def test_speed_of_the_divergence(name, faster, one_thread):
     if name not in bench.divergences():
         pytest.skip("geomloss is not installed")
     peer = partial(bench.one_by_one, bench.divergences()[name])
@@ -265,7 +273,7 @@ def test_speed_of_the_divergence(name, faster):
 
 
 @pytest.mark.speed
-def test_speed_of_encapnet():
+def test_speed_of_encapnet(one_thread):
     seconds = bench.network_seconds(CPU, 16)
     assert seconds["without feedback"] > 1.15 * seconds["--compile"]
     assert seconds["1 unit a module"] < 1.25 * seconds["without feedback"]
