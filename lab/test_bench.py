@@ -64,6 +64,15 @@ def test_costs_come_from_a_process_of_their_own():
     assert memory > 64 * 32 * 16 * 16 * 4 > small                       # the votes themselves
 
 
+def test_the_smallest_case_also_warms_up():
+    made = []
+    def maker(n, device):
+        made.append(n)
+        return n
+    found = bench.costs_here(lambda step, device: 10 * step, [(maker, 1), (maker, 4)], CPU)
+    assert found == [10, 40] and made == [1, 1, 4]
+
+
 def test_a_time_is_the_median_after_a_first_call_of_steps_in_turn(monkeypatch):
     """Noise in one round moves no result; the first, in which all is set up, is not in it."""
     clock = iter([90, 80, 1, 10, 1, 10, 50, 70, 2, 20, 3, 30])

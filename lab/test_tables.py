@@ -535,6 +535,16 @@ def test_a_row_that_is_quoted_alone_is_printed_alone(cli):
     assert numbers(text, "ELU") == ["6.55", "–", "–", "24.28", "–", "–", "–", "–", "–", "quoted"]
 
 
+def test_a_row_of_a_study_tells_each_way_that_it_was_run_once(cli):
+    """And a dash for what has not been."""
+    cells = {column: config for (_, column), config in part_cells(TABLES["few"][0], {}).items()}
+    published(result(cells["200"], 0), result(cells["200"], 1), result(cells["500"], 0))
+    text, = reported(cli, "table few/1")
+    *shown, how = numbers(text, "shifts (+)")
+    assert shown == ["10.00 ± 0.00", "10.00", "–", "–", "–"]
+    assert how == "2 seeds, 60 epochs, H100; 1 seed, 30 epochs, H100; –"
+
+
 def test_costs_are_of_the_same_settings_and_device(cli):
     line = dict(model="cnn-same", set={}, image_size=32, amp=False, compile=False,
                 channels_last=False, batch=128, parameters=10 ** 6, memory_MB=100.,
