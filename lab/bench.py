@@ -1,16 +1,18 @@
-"""Speed and memory: of a training step, and of its parts beside what a user would pick instead.
+"""Speed and memory of a training step's parts, beside what a user would pick instead.
 
-    python train.py --bench [--model M ...]    a training step: images/s, its parts, memory
-    python -m lab.bench routing                routing without votes against routing of votes
-    python -m lab.bench sinkhorn               the divergence against POT and geomloss
-    python -m lab.bench network                EncapNet: what --compile saves, what feedback adds
-    python -m lab.bench scaling                what grows how; draws runs/scaling.png
+    python -m lab.bench routing      routing without votes against routing of votes
+    python -m lab.bench sinkhorn     the divergence against POT and geomloss
+    python -m lab.bench network      EncapNet: what --compile saves, what feedback adds
+    python -m lab.bench scaling      what grows how; draws runs/scaling.png
 
-Everything is measured forward and backward, on a GPU with the device waited for, on a CPU with one
-thread (but for a training step).  There memory, and the time of routing, are those of a process of
-its own; divergences and networks are timed in turn in one process, so that drift meets all.
+and of a whole step: python train.py --bench [--model M ...].  All is measured forward and backward,
+on a GPU with the device waited for, on a CPU with one thread (but for a training step).  There
+routing and growth are measured in processes of their own; divergences and networks are timed in
+turn in one process, so that drift meets all.
 """
+import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -31,8 +33,10 @@ from lab.fit import build_run, environment, record, start, train_step
 from lab.runtime import RUNS, Problem, guarded, rank, say, world
 
 # ------------------------------------------------------------------------------------------------
-# A training step
+# Seconds and bytes
 # ------------------------------------------------------------------------------------------------
+
+CLEAR_REFS = Path("/proc/self/clear_refs")                              # of Linux
 
 
 def peak_memory(device):
@@ -44,71 +48,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def random_data(config, device):
-    """A batch of random images of ten classes in place of a data set."""
-    g, side = torch.Generator().manual_seed(0), config.image_size
-    batch = config.batch_size // world()
-    images = torch.randint(256, (batch, 3, side, side), generator=g, dtype=torch.uint8).to(device)
-    split = Split(images, torch.randint(10, (batch,), generator=g).to(device))
-    half = torch.full((3,), 0.5, device=device)
-    return Data("random", [str(k) for k in range(10)], split, split, side, half, half / 2)
-
-
-def timed_steps(run, tick, seconds):
-    """Train for at least this long and three steps -> seconds a step, the device waited for."""
-    split = run.data.train
-    draws = torch.rand(len(split), 7, device=run.device)
-    begun = time.perf_counter()
-    for n in itertools.count(1):
-        tick(None)
-        train_step(run, split.images, split.labels, draws, tick)
-        if n >= 3 and time.perf_counter() - begun > seconds:
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            return (time.perf_counter() - begun) / n
-
-
-def bench_step(config, seconds=3.0):
-    """Throughput on random images, where a step's time goes, and peak memory; recorded."""
-    device = start(config)
-    data, before, parts, last = random_data(config, device), peak_memory(device), {}, [0.0]
-    run = build_run(config, data, device)
-    run.net.train()
-
-    def tick(part):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if part:
-            parts.setdefault(f"{part}_seconds", []).append(now - last[0])
-        last[0] = now
-
-    timed_steps(run, lambda part: None, 0)                # warm up
-    step = timed_steps(run, lambda part: None, seconds)
-    timed_steps(run, tick, seconds)
-    memory = (peak_memory(device) - before) / 1e6
-    line = {**cost_key(config), "batch": config.batch_size,
-            "parameters": sum(p.numel() for p in run.net.parameters()), "train_step_seconds": step,
-            "images_per_second": config.batch_size / step, "memory_MB": memory,
-            "device": environment(device)["device"],
-            **{part: statistics.median(times) for part, times in parts.items()}}
-    line["step_seconds"] = line["forward_seconds"] + line["backward_seconds"]
-    split = ", ".join(f"{part.split('_')[0]} {1e3 * line[part]:.1f}" for part in parts)
-    say(f"{config.model}, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
-        f"{line['device']}: {line['images_per_second']:,.1f} images/s, step {1e3 * step:.1f} ms "
-        f"({split}), peak memory {memory:,.0f} MB, {line['parameters']:,} parameters")
-    if rank() == 0:
-        record({"bench": line})
-
-
-# ------------------------------------------------------------------------------------------------
-# Seconds and bytes of a function: a maker builds it, a process of its own runs it
-# ------------------------------------------------------------------------------------------------
-
-
-CLEAR_REFS = Path("/proc/self/clear_refs")                              # of Linux
-
-
 def once(step, device):
     """Seconds of one call, the device waited for."""
     begun = time.perf_counter()
@@ -118,24 +57,16 @@ def once(step, device):
     return time.perf_counter() - begun
 
 
-def timed(step, device, budget=2.0):
-    """Median seconds of step() over `budget` or three calls, after a first, or of that if long."""
-    first, times = once(step, device), []
-    while first < 60 and (len(times) < (3 if first < 10 else 1) or sum(times) < budget):
-        times.append(once(step, device))
-    return statistics.median(times or [first])
-
-
 def timed_in_turn(steps, device, budget=10.0):
-    """Median seconds of each short step of a dict, called in turn: noise meets all alike."""
-    def round_of_calls():
-        return [once(step, device) for step in steps.values()]
+    """Median seconds of each step of a dict after a first call, in turn: noise meets all alike."""
+    rounds = []
+    while len(rounds) < 2 or sum(map(sum, rounds[1:])) < budget:
+        rounds.append([once(step, device) for step in steps.values()])
+    return dict(zip(steps, map(statistics.median, zip(*rounds[1:], strict=True)), strict=True))
 
-    round_of_calls()
-    rounds = [round_of_calls()]
-    while sum(map(sum, rounds)) < budget:
-        rounds.append(round_of_calls())
-    return dict(zip(steps, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+
+def timed(step, device, budget=10.0):
+    return timed_in_turn({"step": step}, device, budget)["step"]
 
 
 def extra_memory(step, device):
@@ -157,62 +88,154 @@ def extra_memory(step, device):
 
 
 def costs_here(what, cases, device):
-    """[what(step)] of cases (maker, its arguments ...), the smallest first as a warm-up."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    """[what(step)] of cases (maker, its arguments ...), smallest first: it also warms up."""
+    torch.set_num_threads(1)
     results = []
-    for maker, *arguments in cases:
+    for maker, *arguments in (cases[0], *cases):
         torch.manual_seed(0)
         results.append(what(maker(*arguments, device), device))
-    return results
-
-
-def apart(what, cases, device):
-    """[what(step)] of cases but the first, a warm-up; on a CPU in a process of their own."""
-    if device.type == "cuda":
-        return costs_here(what, cases, device)[1:]
-    # by default glibc keeps small arrays that were freed, between others that live
-    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
-    if what is extra_memory:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        results = pool.submit(costs_here, what, cases, str(device)).result()
-    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
     return results[1:]
 
 
+def in_a_process(function, *arguments):
+    """function(*arguments) in a fresh process, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def costs(cases, device):
-    """[(seconds, bytes)] of cases in growing order but the first, a warm-up."""
-    return list(zip(apart(timed, cases, device), apart(extra_memory, cases, device), strict=True))
+    """[(seconds, bytes)] of cases, smallest first; on a CPU measured in processes of their own."""
+    if device.type == "cuda":
+        return list(zip(*(costs_here(what, cases, device) for what in (timed, extra_memory)),
+                        strict=True))
+    seconds = in_a_process(costs_here, timed, cases, device)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"         # or glibc keeps arrays that were freed
+    try:
+        return list(zip(seconds, in_a_process(costs_here, extra_memory, cases, device),
+                        strict=True))
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
-def on_one_thread(device):
-    """The environment of what costs_here measured."""
-    return {**environment(device), **({"device": "CPU, 1 thread"} if device.type == "cpu" else {})}
-
-
-def compare(what, ours, peers, device):
-    """Print and record.   ours: (seconds, bytes or None);  peers: {name: the same or None}"""
-    where = on_one_thread(device)
-    for name, theirs in peers.items():
+def compare(what, costs, device):
+    """Print and record.   costs: {name: (seconds, bytes or None), or None: not run}, ours first"""
+    (_, ours), *peers = costs.items()
+    where = environment(device)
+    for name, theirs in peers:
         seconds, memory = theirs or (None, None)
         line = {"what": what, "instead": name, "ours_seconds": ours[0], "seconds": seconds,
                 "ours_MB": ours[1] and ours[1] / 1e6, "MB": memory and memory / 1e6,
-                **{name: where[name] for name in ("device", "commit", "torch", "command")}}
+                **{k: where[k] for k in ("device", "commit", "torch", "command")}}
         say(f"{what}: {1e3 * ours[0]:,.1f} ms; {name}: "
             + (f"{1e3 * seconds:,.1f} ms, ratio {seconds / ours[0]:.2f}" if theirs else "not run"))
-        if rank() == 0:
-            record({"speed": line})
+        record({"speed": line})
+
+
+def compare_seconds(what, seconds, device):
+    compare(what, {name: (each, None) for name, each in seconds.items()}, device)
+
+
+# ------------------------------------------------------------------------------------------------
+# A training step
+# ------------------------------------------------------------------------------------------------
+
+
+def random_data(config, device):
+    """A batch of random images of ten classes in place of a data set."""
+    g, side = torch.Generator().manual_seed(0), config.image_size
+    batch = config.batch_size // world()
+    images = torch.randint(256, (batch, 3, side, side), generator=g, dtype=torch.uint8).to(device)
+    split = Split(images, torch.randint(10, (batch,), generator=g).to(device))
+    half = torch.full((3,), 0.5, device=device)
+    return Data("random", [str(k) for k in range(10)], split, split, side, half, half / 2)
+
+
+def training_step(config, device):
+    """An update of a new network on random images, its first behind it -> function, network."""
+    run = build_run(config, random_data(config, device), device)
+    run.net.train()
+    split, draws = run.data.train, torch.rand(len(run.data.train), 7, device=device)
+    step = partial(train_step, run, split.images, split.labels, draws)
+    step()
+    return step, run.net
+
+
+def bench_step(config, seconds=3.0):
+    """Throughput on random images, where a step's time goes, and peak memory; recorded."""
+    device = start(config)
+    before, parts, last = peak_memory(device), {}, [0.0]
+
+    def tick(part):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if part:
+            parts.setdefault(f"{part}_seconds", []).append(now - last[0])
+        last[0] = now
+
+    step, net = training_step(config, device)
+    whole = timed(step, device, seconds)
+    timed(lambda: (tick(None), step(tick=tick)), device, seconds)
+    memory = (peak_memory(device) - before) / 1e6
+    line = {**cost_key(config), "batch": config.batch_size,
+            "parameters": sum(p.numel() for p in net.parameters()), "train_step_seconds": whole,
+            "images_per_second": config.batch_size / whole, "memory_MB": memory,
+            "device": environment(device)["device"],
+            **{part: statistics.median(times) for part, times in parts.items()}}
+    line["step_seconds"] = line["forward_seconds"] + line["backward_seconds"]
+    split = ", ".join(f"{part.split('_')[0]} {1e3 * line[part]:.1f}" for part in parts)
+    say(f"{config.model}, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
+        f"{line['device']}: {line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms "
+        f"({split}), peak memory {memory:,.0f} MB, {line['parameters']:,} parameters")
+    if rank() == 0:
+        record({"bench": line})
+
+
+def costs_of(config, lines):
+    """Those of bench_step's lines that have these settings, with any batch and device."""
+    return [line for line in lines if cost_key(config).items() <= line.items()]
+
+
+FORMS = {"without feedback": (0, False), "--compile": (0, True),       # units, compiled
+         "1 unit a module": (1, False), "2 units a module": (2, False)}
+
+
+def network_step(model, changes, batch, side, compiled, device):
+    """A training step of a network, channels-last."""
+    return training_step(make_config(
+        dataset="cifar10", model=model, set=changes, image_size=side, batch_size=batch,
+        device=str(device), channels_last=True, compile=compiled, amp=device.type == "cuda"),
+        device)[0]
+
+
+def network_seconds(device, batch, changes=None):
+    """{form: seconds of a training step of EncapNet v1}, in turn."""
+    return timed_in_turn(
+        {name: network_step("encapnet", {**(changes or {}), "feedback": units}, batch, 32,
+                            compiled, device) for name, (units, compiled) in FORMS.items()},
+        device, budget=60.0)
+
+
+def bench_network(device, batch=None, changes=None):
+    """EncapNet v1: eager against --compile, and what feedback units add."""
+    batch = batch or (128 if device.type == "cuda" else 16)
+    compare_seconds(f"encapnet, batch {batch}, without feedback",
+                    network_seconds(device, batch, changes), device)
 
 
 # ------------------------------------------------------------------------------------------------
 # Routing
 # ------------------------------------------------------------------------------------------------
 
-TABLE_1 = dict(types=32, positions=64, in_dim=8, out=2048, out_dim=16)         # of 2,048 x 2,048
-DIGITCAPS = dict(types=1152, positions=1, in_dim=8, out=10, out_dim=16)        # Sabour et al. 2017
-TINY = dict(types=2, positions=16, in_dim=8, out=16, out_dim=16)               # warm-up
+TABLE_1 = dict(types=32, positions=64, in_dim=8, out=2048, out_dim=16, iterations=3)
+DIGITCAPS = dict(types=1152, positions=1, in_dim=8, out=10, out_dim=16, iterations=3)  # Sabour's
+
+
+LAYERS = [    # what, routing, shape, {form: batches}; votes of 128 samples take hundreds of GB
+    ("dynamic routing", "dynamic", TABLE_1, {"factored": (1, 4, 128), "votes": (1, 4)}),
+    ("em routing", "em", TABLE_1, {"factored": (1, 4, 128), "votes": (1, 4)}),
+    ("DigitCaps 1152x8 -> 10x16", "dynamic", DIGITCAPS,
+     {"factored": (1, 16, 64), "textbook code": (1, 16, 64)})]
 
 
 def textbook_routing(u, W, iterations=3):
@@ -229,9 +252,9 @@ def textbook_routing(u, W, iterations=3):
     return v
 
 
-def routing_step(routing, form, batch, shape, device, iterations=3):
-    """Forward and backward of a routed layer.   form: "factored", "votes", "textbook" """
-    types, positions, in_dim, out, out_dim = shape.values()
+def routing_step(routing, form, batch, shape, device):
+    """Forward and backward of a routed layer.   form: "factored", "votes", "textbook code" """
+    types, positions, in_dim, out, out_dim, iterations = shape.values()
     layer = RoutedCapsules(types, in_dim, out, out_dim, routing, iterations,
                            softmax="out" if positions == 1 else "in",
                            factored=form == "factored").to(device)
@@ -242,7 +265,7 @@ def routing_step(routing, form, batch, shape, device, iterations=3):
     layer.weight.grad, W.grad = torch.zeros_like(layer.weight), torch.zeros_like(W)
 
     def step():
-        if form == "textbook":
+        if form == "textbook code":
             v = textbook_routing(u[:, :, 0], W, iterations)
         else:
             v = layer(u, a)[0] if routing == "em" else layer(u)
@@ -250,23 +273,13 @@ def routing_step(routing, form, batch, shape, device, iterations=3):
     return step
 
 
-def routing_cost(routing, form, batch, shape, device):
-    """(seconds, bytes) of that."""
-    warm_up = (routing_step, routing, form, 1, {**TINY, "positions": min(16, shape["positions"])})
-    return costs([warm_up, (routing_step, routing, form, batch, shape)], device)[0]
-
-
-def bench_routing(device, batches=(1, 4, 128), shape=TABLE_1):
+def bench_routing(device, layers=LAYERS):
     """The layer of Table 1 without votes and with; Sabour's DigitCaps against textbook code."""
-    for routing, batch in itertools.product(("dynamic", "em"), batches):
-        votes = batch <= 4 and routing_cost(routing, "votes", batch, shape, device)   # else 100s GB
-        compare(f"{routing} routing, batch {batch}",
-                routing_cost(routing, "factored", batch, shape, device), {"votes": votes}, device)
-    for batch in (1, 16, 64):
-        ours, textbook = (routing_cost("dynamic", form, batch, DIGITCAPS, device)
-                          for form in ("factored", "textbook"))
-        compare(f"DigitCaps 1152x8 -> 10x16, batch {batch}", ours, {"textbook code": textbook},
-                device)
+    for what, routing, shape, forms in layers:
+        found = {form: costs([(routing_step, routing, form, n, shape) for n in batches], device)
+                 for form, batches in forms.items()}
+        for batch, *each in itertools.zip_longest(forms["factored"], *found.values()):
+            compare(f"{what}, batch {batch}", dict(zip(found, each, strict=True)), device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,11 +312,6 @@ def with_pot_batch(x, y):
     return encapnet.debias(*(Q * plan).sum((1, 2)))
 
 
-def with_geomloss(loss, x, y):
-    """Eq. (11) plus an entropy, whose gradient with a detached plan is the same."""
-    return 2 * loss(x, y)                                                # it halves
-
-
 def divergences():
     """{name: function (x, y) -> divergence} of what is installed."""
     found = {"ot.sinkhorn": with_pot, "POT batch, projection": with_pot_batch}
@@ -311,7 +319,8 @@ def divergences():
         from geomloss import SamplesLoss
         loss = SamplesLoss("sinkhorn", p=1, blur=EPS, diameter=2, backend="tensorized",
                            cost=encapnet.cosine_cost)
-        found["geomloss"] = partial(with_geomloss, loss)
+        # half of Eq. (11) plus an entropy, whose gradient with a detached plan is the same
+        found["geomloss"] = lambda x, y: 2 * loss(x, y)
     except ImportError:
         say("geomloss is not installed (pip install geomloss): left out")
     return found
@@ -328,9 +337,7 @@ def divergence_step(divergence, batch, dim, device, problems=1):
 
 
 def sinkhorn_seconds(peers, device, batch=128, dim=16, problems=1):
-    """Seconds of "ours" and of every peer (x, y) -> divergences, in turn on one thread."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    """Seconds of "ours" and of every peer (x, y) -> divergences, in turn."""
     torch.manual_seed(0)
     return timed_in_turn({name: divergence_step(function, batch, dim, device, problems)
                           for name, function in {"ours": OURS, **peers}.items()}, device)
@@ -342,46 +349,7 @@ def bench_sinkhorn(device, batch=128, dim=16, units=8):
     for what, problems, named in (
             (f"divergence of two {batch}x{dim} batches", 1, peers),
             (f"divergences of {units} units", units, {"one by one": partial(one_by_one, OURS)})):
-        seconds = sinkhorn_seconds(named, device, batch, dim, problems)
-        compare(what, (seconds.pop("ours"), None),
-                {name: (each, None) for name, each in seconds.items()}, device)
-
-
-# ------------------------------------------------------------------------------------------------
-# EncapNet
-# ------------------------------------------------------------------------------------------------
-
-
-def network_step(changes, compiled, batch, model, device):
-    """A training step of a network, channels-last, on random images."""
-    config = make_config(dataset="cifar10", model=model, batch_size=batch, device=str(device),
-                         channels_last=True, compile=compiled, amp=device.type == "cuda",
-                         set=changes)
-    run = build_run(config, random_data(config, device), device)
-    run.net.train()
-    draws = torch.rand(batch, 7, device=device)
-    return lambda: train_step(run, run.data.train.images, run.data.train.labels, draws)
-
-
-FORMS = {"without feedback": (0, False), "--compile": (0, True),       # units, compiled
-         "1 unit a module": (1, False), "2 units a module": (2, False)}
-
-
-def network_seconds(device, batch, model="encapnet", changes=None):
-    """{form: seconds of a training step}, in turn on one CPU thread."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    return timed_in_turn(
-        {name: network_step({**(changes or {}), "feedback": units}, compiled, batch, model, device)
-         for name, (units, compiled) in FORMS.items()}, device, budget=60.0)
-
-
-def bench_network(device, batch=None, model="encapnet", changes=None):
-    """EncapNet v1: eager against --compile, and what feedback units add."""
-    batch = batch or (128 if device.type == "cuda" else 16)
-    seconds = network_seconds(device, batch, model, changes)
-    compare(f"{model}, batch {batch}, without feedback", (seconds.pop("without feedback"), None),
-            {name: (each, None) for name, each in seconds.items()}, device)
+        compare_seconds(what, sinkhorn_seconds(named, device, batch, dim, problems), device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -389,41 +357,48 @@ def bench_network(device, batch=None, model="encapnet", changes=None):
 # ------------------------------------------------------------------------------------------------
 
 
-def capsules_step(routing, batch, types, iterations, device):
-    shape = dict(types=types, positions=64, in_dim=8, out=64 * types, out_dim=16)
-    return routing_step(routing, "factored", batch, shape, device, iterations)
+def capsules_case(routing, batch=4, capsules=512, iterations=3):
+    """Routing of `capsules` lower ones, 64 of a type, to as many higher ones."""
+    return routing_step, routing, "factored", batch, dict(
+        types=capsules // 64, positions=64, in_dim=8, out=capsules, out_dim=16,
+        iterations=iterations)
 
 
-SWEEPS = [    # axis, its values, maker, {curve: value -> arguments of the maker}
-    ("batch", (2, 4, 8, 16, 32), capsules_step, {
-        "dynamic": lambda n: ("dynamic", n, 8, 3), "EM": lambda n: ("em", n, 8, 3)}),
-    ("capsules, lower and higher", (128, 256, 512, 1024), capsules_step, {
-        "dynamic": lambda n: ("dynamic", 4, n // 64, 3), "EM": lambda n: ("em", 4, n // 64, 3)}),
-    ("routing iterations", (1, 2, 4, 8), capsules_step, {
-        "dynamic": lambda n: ("dynamic", 4, 8, n), "EM": lambda n: ("em", 4, 8, n)}),
-    ("samples of a divergence", (256, 512, 1024, 2048), divergence_step, {
-        "Sinkhorn": lambda n: (OURS, n, 16)}),
+def network_case(batch=8, side=32):
+    return network_step, "encapnet-small", dict(stem_stride=1), batch, side, False
+
+
+def divergence_case(samples):
+    return divergence_step, OURS, samples, 16
+
+
+ROUTINGS = {"dynamic": partial(capsules_case, "dynamic"), "EM": partial(capsules_case, "em")}
+SWEEPS = [    # axis, keyword of the cases, its values, {curve: case}
+    ("batch", "batch", (2, 4, 8, 16, 32), {**ROUTINGS, "EncapNet": network_case}),
+    ("capsules, lower and higher", "capsules", (128, 256, 512, 1024), ROUTINGS),
+    ("routing iterations", "iterations", (1, 2, 4, 8), ROUTINGS),
+    ("side of the image", "side", (16, 32, 64, 128), {"EncapNet": network_case}),
+    ("samples of a divergence", "samples", (256, 512, 1024, 2048), {"Sinkhorn": divergence_case}),
 ]
 
 
 def exponent(x, y):
     """Slope of a straight line through log y against log x."""
-    return statistics.linear_regression(*(torch.tensor(z, dtype=torch.float64).log().tolist()
-                                          for z in (x, y))).slope
+    return statistics.linear_regression(*(list(map(math.log, z)) for z in (x, y))).slope
 
 
 def bench_scaling(device, sweeps=SWEEPS):
-    """Time and memory against batch, capsules, iterations, samples; a figure."""
+    """Time and memory against batch, capsules, iterations, side, samples; a figure."""
     lines = []
-    for (axis, values, maker, curves), unit in itertools.product(sweeps, ("seconds", "bytes")):
-        for name, arguments in curves.items():
-            cases = [(maker, *arguments(n)) for n in (values[0], *values)]
-            y = apart(timed if unit == "seconds" else extra_memory, cases, device)
-            if min(y) > 0:
-                lines.append({"of": name, "what": unit, "against": axis, "values": values,
-                              "measured": y, "exponent": exponent(values, y)})
-                say(f"{name}, {unit} against {axis}: n^{lines[-1]['exponent']:.2f}")
-                record({"scaling": {**lines[-1], **on_one_thread(device)}})
+    for axis, keyword, values, curves in sweeps:
+        for name, case in curves.items():
+            found = costs([case(**{keyword: n}) for n in values], device)
+            for unit, y in zip(("seconds", "bytes"), zip(*found, strict=True), strict=True):
+                if min(y) > 0:
+                    lines.append({"of": name, "what": unit, "against": axis, "values": values,
+                                  "measured": y, "exponent": exponent(values, y)})
+                    say(f"{name}, {unit} against {axis}: n^{lines[-1]['exponent']:.2f}")
+                    record({"scaling": {**lines[-1], **environment(device)}})
     draw_scaling(lines, RUNS / "scaling.png")
 
 
@@ -438,6 +413,7 @@ def run_bench(name, config):
     device, threads = start(config), torch.get_num_threads()
     if device.type != "cuda" and not (device.type == "cpu" and CLEAR_REFS.exists()):
         raise Problem(f"--bench {name} needs a GPU, or the account that Linux gives of a process")
+    torch.set_num_threads(1)
     try:
         BENCHES[name](device)
     finally:
@@ -445,9 +421,11 @@ def run_bench(name, config):
 
 
 def command(words):
-    parser = Parser("lab.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=BENCHES)
-    parser.add_argument("--device", default="auto")
+    parser = Parser("python -m lab.bench", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=BENCHES, help="what to measure, as above")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(words)
     run_bench(given.name, make_config(device=given.device))
 

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import statistics
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,11 @@ import encapnet
 import train
 from conftest import agreement_by_hand, assert_one_line, state_of
 from lab import bench, figures, fit, tables
-from lab.config import config_key, make_config
+from lab.config import config_key, data_name, make_config
 from lab.fit import agreement, make_model, record
+from lab.paper import TABLES
 from lab.runtime import Diverged, Problem
-from lab.tables import TABLES, obtain_all, part_cells, read_lines, row_config, summary
+from lab.tables import asked_parts, obtain_all, part_cells, read_lines, row_config, summary
 
 # ------------------------------------------------------------------------------------------------
 # Tables, figures, report, bench in miniature
@@ -36,13 +36,7 @@ def quick(monkeypatch):
     """No picture of each run; no second in which to time; Table 1's processes are this one."""
     monkeypatch.setattr(fit, "draw_run", lambda *run: None)
     monkeypatch.setattr(bench, "bench_step", functools.partial(bench.bench_step, seconds=0))
-    true = subprocess.run
-
-    def started(command, *arguments, **keywords):
-        if "--bench" not in command:
-            return true(command, *arguments, **keywords)
-        return subprocess.CompletedProcess(command, train.main(command[2:]))
-    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 def numbers(text, row):
@@ -58,10 +52,12 @@ def test_a_table_runs_and_stands_beside_the_papers(cli, quick):
     text = done.out[done.out.index("**Table"):]
     cells = numbers(text, "4")
     assert cells[0] == "14.25" and re.search(r"\d|fail", cells[1]), cells
-    assert "1 seed, 1 epochs, CPU" in cells[-1] and numbers(text, "CE loss")[1] == "–"
+    assert "1 seed, 1 epoch, CPU" in cells[-1] and "8 training images, 1 epoch, types=1." in text
     assert cells[2] == "–"                                             # other data than the paper's
+    assert text.count("**Table 5") == 1 and text.count("\n| ") == 3    # no row that was not asked
     again = cli(table)
     assert again.code == 0 and "---" not in again.out.split("**Table")[0]     # nothing run twice
+    text = text.replace("1 threads", "1 thread")                       # as it is read again
     assert again.out[again.out.index("**Table"):] == text
     assert Path("runs/table-5.md").read_text().strip() == text.strip()
 
@@ -85,6 +81,10 @@ TABLE_3 = {    # what tells a row from EncapNet with both skips and no unit
     "aide kernel 1": dict(aide=1), "aide kernel 5": dict(aide=5), "aide kernel 7": dict(aide=7),
     "squash in each branch": dict(squashed=True), "OT loss, lambda 0.1": dict(UNIT, lam=0.1),
     "OT loss, lambda 1": dict(UNIT, lam=1.0), "OT loss, lambda 10": dict(UNIT, lam=10.0)}
+
+
+def cells_of(part):
+    return [(*cell, config) for cell, config in part_cells(part, {}).items()]
 
 
 def ablations_of(config):
@@ -112,10 +112,10 @@ def units_of(net):
 
 def test_rows_of_table_3_build_what_they_are_called():
     small = {"set": dict(types=2, depths=(2, 1), dims=(1, 2, 2))}
-    cells = [cell for part in TABLES[3] for cell in part_cells(part, small)
-             if cell[1] == "EncapNet"]
+    cells = [(row, config) for part in TABLES[3]
+             for (row, column), config in part_cells(part, small).items() if column == "EncapNet"]
     assert len(cells) == len(TABLE_3)
-    for row, _, config in cells:
+    for row, config in cells:
         changed, = (changes for name, changes in TABLE_3.items()
                     if row == name or row.startswith(f"{name} "))
         assert ablations_of(config).items() <= (USUAL | changed).items(), row
@@ -125,10 +125,10 @@ def test_the_resnet_column_of_table_3_is_the_same_change_to_resnet18():
     called = {"(a)": dict(units=0), "(b)": dict(units=1, divergence="kl", cost="cosine"),
               "(c)": dict(units=1, divergence="ot", cost="cosine", bias_fix=True, plan_grad=False,
                           extractor=True)}
-    cells = [cell for cell in part_cells(TABLES[3][1], {"set": {"types": 1}})
-             if cell[1] == "ResNet"]
+    cells = [(row, config) for (row, column), config in
+             part_cells(TABLES[3][1], {"set": {"types": 1}}).items() if column == "ResNet"]
     assert len(cells) == len(called)
-    for row, _, config in cells:
+    for row, config in cells:
         net = make_model(config, 10, 3)
         assert type(net) is encapnet.ResNet and [1 + len(m.rest) for m in net.blocks] == 4 * [2]
         assert called[row[:3]].items() <= units_of(net).items(), row
@@ -145,7 +145,7 @@ SMALL_4 = {"EncapNet": "none", "EncapNet+": "+", "EncapNet++": "++"}
 
 
 def test_rows_of_table_4_are_what_they_are_called():
-    small, hard, whole = (list(part_cells(part, {})) for part in TABLES[4])
+    small, hard, whole = (cells_of(part) for part in TABLES[4])
     assert {(row, column) for row, column, _ in small} == {
         (row, name) for row in SMALL_4 for name in ("cifar10", "cifar100", "svhn")}
     for row, column, config in small:
@@ -183,13 +183,13 @@ def test_encapnets_stem_has_stride_4_from_128_pixels_on(side, stem):
 def test_rows_of_tables_1_and_5_are_what_they_are_called():
     part, = TABLES[1]
     models = [(row[:3], config.model, config.dataset)
-              for row, _, config in part_cells(part, {})]
+              for (row, _), config in part_cells(part, {}).items()]
     names = ["capnet-dynamic", "capnet-em", "cnn-same", "cnn-similar", "encapnet6-master",
              "encapnet6"]
     assert sorted(models) == sorted((f"({letter})", name, data) for letter, name in
                                     zip("abcdef", names, strict=True)
                                     for data in ("cifar10", "mnist"))
-    iterations, starts, losses = (list(part_cells(part, {})) for part in TABLES[5])
+    iterations, starts, losses = (cells_of(part) for part in TABLES[5])
     assert all(make_model(config, 10, 3).routed[0].iterations == int(row)
                for row, _, config in iterations) and len(iterations) == 4
     assert [config.set["b_init"] for _, _, config in starts] == [row for row, *_ in starts]
@@ -274,7 +274,7 @@ def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch)
         raise Diverged("NaN at step 1; stopped")
     monkeypatch.setattr(tables, "fit", diverge)
     for _ in range(2):
-        runs, _ = tables.read_results(Path("runs/results.jsonl"))
+        runs, *_ = tables.read_results(Path("runs/results.jsonl"))
         assert obtain_all([("one", config)], 1, runs) == []
         assert summary(config, 14.28, runs)[:2] == ("fail (NaN at step 1)", "–")
     assert len(tried) == 1
@@ -287,7 +287,7 @@ def test_failing_rows_are_reported_and_the_others_go_on(cli, faked):
         return {}
     faked(fail)
     done = cli("--table 3 --row '(b) KL'")
-    assert_one_line(done, "1 runs failed", "ResNet", "width", code=1)
+    assert_one_line(done, "1 run failed", "ResNet", "width", code=1)
     cells = numbers(done.out, "(b) KL loss")
     assert cells[1] == "10.00" and "1 seed" in cells[-1] and cells[4] == "–"
 
@@ -471,7 +471,7 @@ def reported(cli, *blocks):
 
 def test_every_cell_of_every_table_is_its_own_runs_result(cli):
     """A result of its own for every Config: ImageNet's rows show top-5 errors, all others top-1."""
-    cells = {(number, part.title): list(part_cells(part, {}))
+    cells = {(number, part.title): cells_of(part)
              for number in (1, 3, 4, 5) for part in TABLES[number]}
     keys = sorted({config_key(config) for found in cells.values() for *_, config in found})
     errors = {key: 101.25 + n for n, key in enumerate(keys)}
@@ -515,6 +515,34 @@ def test_every_column_tells_its_own_seeds_and_devices(cli):
     text, = reported(cli, "table 1")
     assert "| 14.28 | 10.00 ± 0.00 | -4.28 | 0.37 | 10.00 | +9.63 |" in text
     assert "| CIFAR-10: 2 seeds, 600 epochs, H100; MNIST: 1 seed, 600 epochs, CPU |" in text
+
+
+def test_captions_tell_what_was_asked_and_the_weight_that_all_columns_share(cli):
+    """Of a study all that decides a result; of Table 3 lambda, unless rows set their own."""
+    words = "--dataset digits --set types=4 --lam 0.5 --epochs 1 --batch-size 8 --device cpu"
+    lam, few, three, four = reported(cli, f"table lambda {words}", f"table few/2 {words}",
+                                     "table 3 --dataset digits", "table 3")
+    assert "Error in %, dataset=digits, lam=0.5, batch_size=8, epochs=1, types=4.\n" in lam
+    assert "Error in %, dataset=digits, lam=0.5, batch_size=8, epochs=1, types=4.\n" in few
+    assert [line.endswith(", 2 epochs, lam=0.1.") for line in three.splitlines()
+            if line.startswith("**")] == [True, True, False]
+    assert "lam" not in four.split("**Table 3: what")[0]               # the paper's 10
+
+
+def test_a_row_that_is_quoted_alone_is_printed_alone(cli):
+    text = cli("--table 4 --row ELU").out
+    assert text.count("\n| ") == 3 and "**Test" not in text
+    assert numbers(text, "ELU") == ["6.55", "–", "–", "24.28", "–", "–", "–", "–", "–", "quoted"]
+
+
+def test_a_row_of_a_study_tells_each_way_that_it_was_run_once(cli):
+    """And a dash for what has not been."""
+    cells = {column: config for (_, column), config in part_cells(TABLES["few"][0], {}).items()}
+    published(result(cells["200"], 0), result(cells["200"], 1), result(cells["500"], 0))
+    text, = reported(cli, "table few/1")
+    *shown, how = numbers(text, "shifts (+)")
+    assert shown == ["10.00 ± 0.00", "10.00", "–", "–", "–"]
+    assert how == "2 seeds, 60 epochs, H100; 1 seed, 30 epochs, H100; –"
 
 
 def test_costs_are_of_the_same_settings_and_device(cli):
@@ -599,7 +627,7 @@ def test_the_readme_agrees_with_the_published_results(monkeypatch, capsys):
 def test_rows_of_the_study_of_routing_build_what_they_are_called():
     *iterations, over_j = TABLES["routing"]
     for part, side in zip(iterations, (16, 32), strict=True):
-        cells = list(part_cells(part, {}))
+        cells = cells_of(part)
         assert len(cells) == 4 * 4
         for row, column, config in cells:
             net = make_model(config, 10, 1)
@@ -607,36 +635,49 @@ def test_rows_of_the_study_of_routing_build_what_they_are_called():
             assert net.routed[0].routing == ("em" if column.startswith("EM") else "dynamic")
             assert len(net.stem) == (5 if "fifth" in column else 4) and net.types == 4
             assert (config.dataset, config.image_size) == ("mnist", side)
-    assert [make_model(config, 10, 1).routed[1].softmax for *_, config in part_cells(over_j, {})] \
+    assert [make_model(config, 10, 1).routed[1].softmax for *_, config in cells_of(over_j)] \
         == ["out", "out"]
 
 
 def test_rows_of_the_study_of_few_images_build_what_they_are_called():
-    few, parts = TABLES["few"]
+    few, parts, photographs = TABLES["few"]
     usual = dict(lam=0.0, weight_decay=5e-4, augment="none", divergence="ot")
     changed = {"no feedback": {}, "OT, lambda 1": dict(lam=1.0), "OT, lambda 10": dict(lam=10.0),
                "OT, lambda 30": dict(lam=30.0), "KL, lambda 10": dict(lam=10.0, divergence="kl"),
                "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+")}
-    cells = list(part_cells(few, {}))
-    assert len(cells) == len(changed) * 4
+    cells = cells_of(few)
+    assert len(cells) == len(changed) * 5
     for row, column, config in cells:
         assert config.train_images == int(column) and config.resample and config.clip == 1
         unit, *_ = make_model(config, 10, 1).units
         found = dict(lam=config.lam, weight_decay=config.weight_decay, augment=config.augment,
                      divergence=unit.kind)
         assert found == usual | changed[row]
-    built = {row: ablations_of(config) for row, _, config in part_cells(parts, {})}
+    built = {row: ablations_of(config) for row, _, config in cells_of(parts)}
     for row, wanted in {"no bias fix (d1)": dict(bias_fix=False), "two units": dict(units=2),
                         "gradient of the plan (d2)": dict(plan_grad=True),
                         "raw pixels (d3)": dict(extractor=False), "l2 cost (d5)": dict(cost="l2"),
                         "vanilla generator (d4)": dict(generator="vanilla"), "eps 1": {}}.items():
         assert built[row].items() <= (USUAL | dict(units=1, lam=10.0) | wanted).items(), row
-    assert make_model(list(part_cells(parts, {}))[-1][2], 10, 1).units[0].sinkhorn["eps"] == 1
+    assert make_model(cells_of(parts)[-1][2], 10, 1).units[0].sinkhorn["eps"] == 1
+    like = {(row, column): config for row, column, config in cells}
+    for row, column, config in cells_of(photographs):                  # but for data and side alike
+        assert (config.image_size, data_name(config)) == (32, "cifar10-jpeg")
+        assert dataclasses.replace(config, dataset="mnist", data_path="data", image_size=16) == \
+            like[row, column]
+    assert {cell[:2] for cell in cells_of(photographs)} == {
+        (row, n) for row in ("no feedback", "OT, lambda 10") for n in ("500", "2000")}
+
+
+@pytest.mark.parametrize("words, blocks", [
+    ({}, 3), ({"dataset": "digits"}, 2), ({"dataset": "folder", "data_path": "here"}, 3)])
+def test_photographs_keep_to_their_own_data(words, blocks):
+    assert len(asked_parts("few", words)) == blocks
 
 
 def test_the_study_of_lambda_sees_no_test_image():
     rows = [(row, config.lam, config.hold_out, config.model)
-            for row, _, config in part_cells(TABLES["lambda"][0], {})]
+            for row, _, config in cells_of(TABLES["lambda"][0])]
     assert rows == [(f"lambda {lam:g}", lam, True, "encapnet-small") for lam in (0, .1, 1, 10)]
 
 

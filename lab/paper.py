@@ -1,0 +1,181 @@
+"""The paper's tables and figures, and studies of ours, as data: rows are changes to Config."""
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """A table or a block of it: base, columns and rows are changes to Config, a cell all three."""
+
+    title: str
+    base: dict
+    columns: dict          # name: changes
+    rows: list             # (name, changes, {column: the paper's error in %});  None: quoted there
+    own_data: bool = False           # stays on its data set when --dataset asks for another
+    study: bool = False              # ours, not the paper's: every cell is run, nothing beside it
+
+
+def use(name, **keywords):
+    return dict(model=name, set=keywords)
+
+
+CIFAR10, MNIST = dict(dataset="cifar10"), dict(dataset="mnist")
+SETS = ("cifar10", "cifar100", "svhn")
+DEEP = dict(feedback=0, coefficients="both", skip="both")    # Table 3's EncapNet without a unit
+TABLES = {
+    1: [Part("six-layer networks", {}, {"CIFAR-10": CIFAR10, "MNIST": MNIST}, [
+        # "cost": the paper's Mb of parameters, MB of memory at this batch, s a batch on a Titan X
+        ("(a) CapNet, dynamic", use("capnet-dynamic"),
+         {"CIFAR-10": 14.28, "MNIST": 0.37, "cost": (151.24, 3961, 8, 0.444)}),
+        ("(b) CapNet, EM", use("capnet-em"),
+         {"CIFAR-10": 12.66, "MNIST": 0.31, "cost": (152.44, 10078, 4, 0.957)}),
+        ("(c) vanilla CNN, same shape", use("cnn-same"),
+         {"CIFAR-10": 14.43, "MNIST": 0.38, "cost": (24.44, 1652, 128, 0.026)}),
+        ("(d) vanilla CNN, similar param", use("cnn-similar"),
+         {"CIFAR-10": 12.09, "MNIST": 0.33, "cost": (146.88, 2420, 128, 0.146)}),
+        ("(e) EncapNet, master", use("encapnet6-master"),
+         {"CIFAR-10": 13.87, "MNIST": 0.31, "cost": (25.76, 1433, 128, 0.039)}),
+        ("(f) EncapNet, master/aide", use("encapnet6"),
+         {"CIFAR-10": 11.93, "MNIST": 0.25, "cost": (60.68, 1755, 128, 0.061)}),
+    ])],
+    3: [Part("capConv design", CIFAR10, {"EncapNet": use("encapnet")}, [
+        ("(1) master (baseline)", dict(set=dict(DEEP, coefficients=None, skip=None)),
+         {"EncapNet": 9.83}),
+        ("(2) master/aide v1", dict(set=dict(DEEP, coefficients="own", skip=None)),
+         {"EncapNet": 8.05}),
+        ("(3) master/aide v2", dict(set=dict(DEEP, coefficients="cross", skip=None)),
+         {"EncapNet": 9.11}),
+        ("(4) master/aide v3", dict(set=dict(DEEP, skip=None)), {"EncapNet": 7.41}),
+        ("(5) skip on Type I", dict(set=dict(DEEP, skip="I")), {"EncapNet": 6.81}),
+        ("(6) skip on Type II", dict(set=dict(DEEP, skip="II")), {"EncapNet": 6.75}),
+        ("(7) skip both", dict(set=DEEP), {"EncapNet": 5.82}),
+        ("(8) two OTs", dict(set=dict(DEEP, feedback=2)), {"EncapNet": 4.55}),
+    ]), Part("regularization", CIFAR10,
+             {"EncapNet": use("encapnet", **DEEP), "ResNet": use("resnet18")}, [
+        ("(a) capConv block (baseline)", dict(set=dict(feedback=0)),
+         {"EncapNet": 5.82, "ResNet": 8.03}),
+        ("(b) KL loss", dict(set=dict(feedback=1, divergence="kl")),
+         {"EncapNet": 5.31, "ResNet": 7.72}),
+        ("(c) OT loss", dict(set=dict(feedback=1)), {"EncapNet": 4.58, "ResNet": 7.67}),
+        ("(d1) remove bias fix", dict(set=dict(feedback=1, bias_fix=False)), {"EncapNet": 4.71}),
+        ("(d2) do BP in P_L", dict(set=dict(feedback=1, plan_grad=True)), {"EncapNet": 4.77}),
+        ("(d3) no extractor", dict(set=dict(feedback=1, extractor=False)), {"EncapNet": 5.79}),
+        ("(d4) use vanilla g", dict(set=dict(feedback=1, generator="vanilla")), {"EncapNet": 5.01}),
+        ("(d5) use l2 in Q", dict(set=dict(feedback=1, cost="l2")), {"EncapNet": 4.90}),
+    ]), Part("what the paper leaves open, beside (7) and (c); not in the paper", CIFAR10,
+             {"EncapNet": use("encapnet", **DEEP)}, [
+        *((f"aide kernel {k}", dict(set=dict(aide_kernel=k)), {"EncapNet": "–"})
+          for k in (1, 5, 7)),
+        ("squash in each branch", dict(set=dict(squash_branches=True)), {"EncapNet": "–"}),
+        *((f"OT loss, lambda {lam:g}", dict(lam=lam, set=dict(feedback=1)), {"EncapNet": "–"})
+          for lam in (0.1, 1.0, 10.0)),
+    ])],
+    4: [Part("comparison; the paper's mean ± std: ++ on CIFAR-10 3.56 ± 0.12 and SVHN 1.87 ± 0.11, "
+             "+ on CIFAR-100 24.85 ± 0.11", use("encapnet"),
+             {name: dict(dataset=name) for name in SETS},
+             [(f"EncapNet{a}", dict(augment=a or "none"), dict(zip(SETS, p, strict=True)))
+              for a, *p in (("", 4.55, 26.77, 2.01), ("+", 3.13, 24.01, 1.64),
+                            ("++", 3.10, 24.18, 1.52))]
+             + [(name, None, dict(zip(SETS, p, strict=True))) for name, *p in (
+                 ("GoodInit", 5.84, 27.66, None), ("BayesNet", 6.37, 27.40, None),
+                 ("ResNet", 6.43, None, None),
+                 ("ELU", 6.55, 24.28, None), ("Batch NIN", 6.75, 28.86, 1.81),
+                 ("Rec-CNN", 7.09, 31.75, 1.77),
+                 ("Piecewise", 7.51, 30.83, None), ("DSN", 8.22, 34.57, 1.92),
+                 ("NIN", 8.80, 35.68, 2.35),
+                 ("dasNet", 9.22, 33.78, None), ("Maxout", 9.35, 38.57, 2.47),
+                 ("AlexNet", 11.00, None, None))]),
+        Part("h-ImageNet, top-1", dict(dataset="h-imagenet"), {"h-ImageNet": {}}, [
+            (name, dict(model=model, image_size=side, augment=augment), {"h-ImageNet": error})
+            for name, model, side, augment, error in (
+                ("EncapNet v1", "encapnet", 128, "none", 48.23),
+                ("EncapNet v2", "encapnet-v2", 128, "none", 43.15),
+                ("EncapNet v3", "encapnet-v3", 224, "none", 42.76),
+                ("EncapNet v3+", "encapnet-v3", 224, "+", 40.18),
+                ("EncapNet v3++", "encapnet-v3", 224, "++", 40.05),
+                ("WRN", "wide_resnet101_2", 224, "++", 42.51),
+                ("ResNet-101", "resnet101", 224, "++", 44.13), ("VGG", "vgg16", 224, "++", 55.76),
+                ("GoogleNet", "googlenet", 224, "++", 60.18))], own_data=True),
+        Part("complete ImageNet, top-5", dict(dataset="imagenet", augment="++"), {"ImageNet": {}}, [
+            (name, use(model), {"ImageNet": error}) for name, model, error in (
+                ("EncapNet-18", "encapnet", 7.51), ("GoogleNet", "googlenet", 7.89),
+                ("VGG", "vgg16", 8.43), ("ResNet-101", "resnet101", 6.21))],
+            own_data=True)],
+    5: [Part("routing iterations, CapNet (dynamic)", CIFAR10, {"CIFAR-10": use("capnet-dynamic")}, [
+        (str(r), dict(set=dict(iterations=r)), {"CIFAR-10": error})
+        for r, error in ((1, 14.79), (2, 14.41), (3, 14.28), (4, 14.25))]),
+        Part("initial routing coefficients", CIFAR10, {"CIFAR-10": use("capnet-dynamic")}, [
+            (b, dict(set=dict(b_init=b)), {"CIFAR-10": error})
+            for b, error in (("random", 14.35), ("zero", 14.28), ("learnable", 14.11))]),
+        Part("loss and optimizer", dict(CIFAR10, **use("capnet-dynamic")),
+             {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd"),
+              "Adam": dict(optimizer="adam")}, [
+            (name, dict(loss=loss), dict(RMSProp=rmsprop, SGD=sgd, Adam=adam))
+            for name, loss, rmsprop, sgd, adam in (
+                ("spread, fix m", "spread-fixed", 15.61, 15.38, 14.97),
+                ("spread", "spread", 15.02, 14.87, 14.50),
+                ("margin", "margin", 14.30, 15.18, 14.28),
+                ("CE loss", "ce", 14.76, "fail", 15.31))])],
+}
+
+# Studies: tables of ours, run, resumed and rendered like the paper's
+FEW = dict(dataset="mnist", image_size=16, resample=True, test_images=2000, batch_size=50,
+           schedule="one-cycle", lr=3e-3, clip=1.0, lam=0.0,
+           **use("encapnet", types=4, depths=(1, 1, 1), dims=(2, 4, 8, 16), feedback=1))
+FEW_SIZES = {"200": dict(train_images=200, epochs=60), "500": dict(train_images=500, epochs=30),
+             "1000": dict(train_images=1000, epochs=20), "2000": dict(train_images=2000, epochs=10),
+             "5000": dict(train_images=5000, epochs=5)}
+PHOTOGRAPHS = dict(FEW, dataset="folder", data_path="data/cifar10-jpeg", image_size=32)
+ROUTING = dict(dataset="mnist", train_images=6000, test_images=2000, batch_size=64,
+               schedule="one-cycle", lr=3e-3, set=dict(types=4))
+ROUTINGS = {f"{name}{', fifth convolution' * fifth}": use(model, fifth_conv=fifth)
+            for name, model in (("dynamic", "capnet-dynamic"), ("EM", "capnet-em"))
+            for fifth in (False, True)}
+
+
+def study(title, base, columns, rows, own_data=False):
+    """A part without the paper's numbers.   rows: {name: changes}"""
+    return Part(title, base, columns, [(*row, {}) for row in rows.items()], own_data, study=True)
+
+
+TABLES |= {
+    "lambda": [study(
+        "feedback weight of the default run, error on every tenth training image",
+        dict(dataset="digits", model="encapnet-small", hold_out=True), {"error": {}},
+        {f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)})],
+    "few": [study(
+        "the feedback unit where images are few: MNIST at 16x16, a column a number of training "
+        "images, drawn anew for every seed", FEW, FEW_SIZES,
+        {"no feedback": {}, **{f"OT, lambda {lam:g}": dict(lam=lam) for lam in (1.0, 10.0, 30.0)},
+         "KL, lambda 10": dict(lam=10.0, set=dict(divergence="kl")),
+         "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+")}), study(
+        "which part of the unit: 500 images, lambda 10", dict(FEW, lam=10.0),
+        {"500": FEW_SIZES["500"]},
+        {"no bias fix (d1)": dict(set=dict(bias_fix=False)),
+         "gradient of the plan (d2)": dict(set=dict(plan_grad=True)),
+         "raw pixels (d3)": dict(set=dict(extractor=False)),
+         "vanilla generator (d4)": dict(set=dict(generator="vanilla")),
+         "l2 cost (d5)": dict(set=dict(cost="l2")), "two units": dict(set=dict(feedback=2)),
+         "eps 1": dict(set=dict(eps=1.0))}), study(
+        "photographs: cifar10-jpeg at 32x32, a column a number of training images", PHOTOGRAPHS,
+        {images: FEW_SIZES[images] for images in ("500", "2000")},
+        {"no feedback": {}, "OT, lambda 10": dict(lam=10.0)}, own_data=True)],
+    "routing": [study(
+        f"routing iterations: MNIST at {side}x{side}, 6,000 images, {epochs} epochs, 4 types",
+        dict(ROUTING, image_size=side, epochs=epochs), ROUTINGS,
+        {str(r): dict(set=dict(iterations=r)) for r in (1, 2, 3, 5)})
+        for side, epochs in ((16, 2), (32, 4))] + [study(
+        "the softmax over j, which did not converge in the paper: MNIST at 16x16, 3 iterations",
+        dict(ROUTING, image_size=16, epochs=2), dict(list(ROUTINGS.items())[:2]),
+        {"over j": dict(set=dict(softmax="out"))})],
+}
+# Channels (EncapNet: 32 types x capsule dimension) and side of the outputs of M0 .. M4 of both
+TABLE2 = {"stem": (32, 32), "blocks.0": (64, 32), "blocks.1": (128, 16), "blocks.2": (256, 8),
+          "blocks.3": (512, 4)}
+FIGURES = {
+    2: ("agreement of votes with the class capsule",
+        {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")}),
+    4: ("training loss with and without OT divergence",
+        {"EncapNet": use("encapnet", feedback=0), "EncapNet * OT": use("encapnet", feedback=1),
+         "ResNet": use("resnet18", feedback=0), "ResNet * OT": use("resnet18", feedback=1)}),
+    "few": ("what feedback gains on few images", {}),
+    "routing": ("error against routing iterations", {}),
+}
