@@ -144,11 +144,12 @@ TABLES |= {
     "few": [study(
         "the feedback unit where images are few: MNIST at 16x16, a column a number of training "
         "images, drawn anew for every seed", FEW, FEW_SIZES,
-        {"no feedback": {}, **{f"OT, lambda {lam:g}": dict(lam=lam) for lam in (1.0, 10.0, 30.0)},
+        {"no feedback": {}, "no feedback, rate 1e-3": dict(lr=1e-3),
+         **{f"OT, lambda {lam:g}": dict(lam=lam) for lam in (1.0, 10.0, 30.0)},
          "KL, lambda 10": dict(lam=10.0, set=dict(divergence="kl")),
          "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+")}), study(
-        "which part of the unit: 500 images, lambda 10", dict(FEW, lam=10.0),
-        {"500": FEW_SIZES["500"]},
+        "which part of the unit: 200 images, lambda 10", dict(FEW, lam=10.0),
+        {"200": FEW_SIZES["200"]},
         {"no bias fix (d1)": dict(set=dict(bias_fix=False)),
          "gradient of the plan (d2)": dict(set=dict(plan_grad=True)),
          "raw pixels (d3)": dict(set=dict(extractor=False)),

@@ -275,9 +275,10 @@ def render_part(name, part, given, runs):
 
 def told_how(hows, study):
     """{column: how} -> how; of the paper's tables by column where they differ."""
-    if study:
-        return "; ".join(dict.fromkeys(hows.values()))
     hows = {column: how for column, how in hows.items() if how != "–"}
+    if study:                                                            # seeds; epochs; device
+        each = zip(*(how.split(", ", 2) for how in hows.values()), strict=True)
+        return "; ".join(" / ".join(dict.fromkeys(words)) for words in each) or "–"
     if len(set(hows.values())) <= 1:
         return next(iter(hows.values()), "–")
     return "; ".join(f"{column}: {how}" for column, how in hows.items())

@@ -542,7 +542,7 @@ def test_a_row_of_a_study_tells_each_way_that_it_was_run_once(cli):
     text, = reported(cli, "table few/1")
     *shown, how = numbers(text, "shifts (+)")
     assert shown == ["10.00 ± 0.00", "10.00", "–", "–", "–"]
-    assert how == "2 seeds, 60 epochs, H100; 1 seed, 30 epochs, H100; –"
+    assert how == "2 seeds / 1 seed; 60 epochs / 30 epochs; H100"
 
 
 def test_costs_are_of_the_same_settings_and_device(cli):
@@ -641,17 +641,19 @@ def test_rows_of_the_study_of_routing_build_what_they_are_called():
 
 def test_rows_of_the_study_of_few_images_build_what_they_are_called():
     few, parts, photographs = TABLES["few"]
-    usual = dict(lam=0.0, weight_decay=5e-4, augment="none", divergence="ot")
-    changed = {"no feedback": {}, "OT, lambda 1": dict(lam=1.0), "OT, lambda 10": dict(lam=10.0),
-               "OT, lambda 30": dict(lam=30.0), "KL, lambda 10": dict(lam=10.0, divergence="kl"),
+    usual = dict(lam=0.0, lr=3e-3, weight_decay=5e-4, augment="none", divergence="ot")
+    changed = {"no feedback": {}, "no feedback, rate 1e-3": dict(lr=1e-3),
+               "OT, lambda 1": dict(lam=1.0), "OT, lambda 10": dict(lam=10.0),
+               "OT, lambda 30": dict(lam=30.0),
+               "KL, lambda 10": dict(lam=10.0, divergence="kl"),
                "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+")}
     cells = cells_of(few)
     assert len(cells) == len(changed) * 5
     for row, column, config in cells:
         assert config.train_images == int(column) and config.resample and config.clip == 1
         unit, *_ = make_model(config, 10, 1).units
-        found = dict(lam=config.lam, weight_decay=config.weight_decay, augment=config.augment,
-                     divergence=unit.kind)
+        found = dict(lam=config.lam, lr=config.lr, weight_decay=config.weight_decay,
+                     augment=config.augment, divergence=unit.kind)
         assert found == usual | changed[row]
     built = {row: ablations_of(config) for row, _, config in cells_of(parts)}
     for row, wanted in {"no bias fix (d1)": dict(bias_fix=False), "two units": dict(units=2),
