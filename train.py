@@ -24,7 +24,6 @@ each process's BatchNorm sees its own part, so that two do not train exactly as 
 """
 import argparse
 import dataclasses
-import json
 import sys
 
 import encapnet

@@ -112,9 +112,8 @@ def load_checkpoint(path):
         before = path / "previous.pt"
         if not before.exists():
             raise
-        state = read_checkpoint(before)
-        say(f"{problem}: using {before}, of epoch {state['epoch']}, step {state['step']}")
-        return state
+        say(f"{problem}: using {before}")
+        return read_checkpoint(before)
 
 
 def check_same(config, state, folder):
