@@ -93,7 +93,8 @@ TORCHVISION = {   # class; what to fetch by hand, and the folder in --data-path 
                       "*-ubyte.gz", "FashionMNIST/raw"),
     "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "."),
     "cifar100": ("CIFAR100", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "."),
-    "svhn": ("SVHN", "http://ufldl.stanford.edu/housenumbers/{train,test}_32x32.mat", "."),
+    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers/",
+             "."),
 }
 
 

@@ -44,9 +44,11 @@ from lab.runtime import (
     agreed,
     caught_signals,
     count,
+    join_processes,
     locked,
     pick_device,
     rank,
+    restarts,
     say,
     shared,
     world,
@@ -264,7 +266,7 @@ def start(config):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():         # torchrun started us
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if config.batch_size % world():
         raise Problem(f"--batch-size {config.batch_size} does not divide among {world()} processes")
     return device
@@ -409,8 +411,7 @@ def fit(config):
     The same output_dir goes on; so does the newest unfinished run where torchrun starts us again.
     """
     device = start(config)
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    folder = config.resume or config.output_dir or (again and shared(newest()))
+    folder = config.resume or config.output_dir or (restarts() and shared(newest()))
     folder = run_folder(folder) if folder else None
     state = load_checkpoint(folder) if config.resume or folder and begun(folder) else None
     if state:

@@ -143,6 +143,14 @@ def restarts():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def join_processes(backend):
+    """init_process_group, but a restart does not find the addresses of the processes before it."""
+    from torch.distributed.rendezvous import rendezvous
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"start-{restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
 @contextlib.contextmanager
 def locked(folder):
     """Refuse a folder that another process works in; the kernel unlocks when that one dies."""

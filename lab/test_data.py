@@ -525,7 +525,7 @@ def test_h_imagenet_cuts_boxes_and_checks(cli):
     imagenet_tree(Path("own"))
     Path("list.txt").write_text("n02\nn03\n")
     done = cli(H_IMAGENET)
-    assert done.code == 0 and "own: 9 + 4 images, 2 classes" in done.out
+    assert done.code == 0 and "h-imagenet: 9 + 4 images, 2 classes" in done.out
     read_data.cache_clear()
     Path("list.txt").write_text("n02\nn77\n")
     assert_one_line(cli(H_IMAGENET), "n77")
