@@ -244,12 +244,14 @@ def test_init_starts_from_another_runs_weights(trained, cli):
 def test_init_leaves_the_class_layer_alone_where_classes_are_others(classes, trained, cli,
                                                                     pictures):
     """As many classes with other names are other classes."""
+    data = "-".join(classes)
     for split in ("train", "test"):
         for name, new in zip(("ant", "bee", "cat"), classes, strict=False):
-            shutil.copytree(pictures / split / name, f"others/{split}/{new}")
-    assert cli(BEGUN, "fresh --data-path others").code == 0
-    done = cli(BEGUN, f"new --data-path others --init {trained}")
+            shutil.copytree(pictures / split / name, f"{data}/{split}/{new}")
+    assert cli(BEGUN, f"fresh --data-path {data}").code == 0
+    done = cli(BEGUN, f"new --data-path {data} --init {trained}")
     assert done.code == 0 and done.out.count("the class layer starts anew") == 1
+    assert state_of("new")["data"]["classes"] == list(classes)
     ours, theirs, fresh = map(weights, ("new", trained, "fresh"))
     assert len(ours) > 20
     for name, t in ours.items():
