@@ -82,6 +82,12 @@ def make_parser():
                           help="images or folders: classify with the network of --resume")
     commands.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_fields(parser)
+    return parser
+
+
+def add_fields(parser):
+    """A flag for every field of Config, in its group."""
     groups = {}
     for field in dataclasses.fields(Config):
         about = field.metadata
@@ -99,7 +105,6 @@ def make_parser():
             shown = " ".join(map(str, field.default)) if several else field.default
             flag["help"] += f" (default: {shown})"
         groups[about["group"]].add_argument("--" + field.name.replace("_", "-"), **flag)
-    return parser
 
 
 def parse(arguments):
