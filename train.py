@@ -5,6 +5,7 @@
     python train.py --dataset folder --data-path DIR       your images: DIR/{train,test}/CLASS/*.jpg
     python train.py --resume                               go on with the newest unfinished run
     python train.py --resume RUN --test-only               or --predict IMAGE...
+    python train.py --init RUN --data-path DIR ...         start from a trained network's weights
     python train.py --table 3 --seeds 3 --recipe fast      a table of the paper; also --figure 2, 4
     python train.py --bench --model capnet-em --batch-size 4
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
@@ -12,18 +13,25 @@
 
 A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, an entry an
 epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
-goes on with --resume, bit for bit on a CPU.  runs/results.jsonl collects the results.
+goes on with --resume, or when the same command with an --output-dir is given again, bit for bit on
+a CPU.  runs/results.jsonl collects the results.
+
+Your images: DIR/train/CLASS/* and DIR/test/CLASS/* (or val); each is resized by its short side and
+its middle cut out, so that all are squares of --image-size.
+
+Several processes (torchrun) share each batch.  On GPUs, BatchNorm sees the whole of it; on a CPU
+each process's BatchNorm sees its own part, so that two do not train exactly as one does.
 """
 import argparse
 import dataclasses
-import json
 import sys
 
 import encapnet
 from lab import bench
-from lab.checkpoint import check_same, load_checkpoint, newest
+from lab.checkpoint import load_checkpoint, newest
 from lab.config import (
     DATASETS,
+    MODEL_SIDE,
     RECIPES,
     Config,
     Parser,
@@ -33,9 +41,10 @@ from lab.config import (
     models,
     number,
 )
-from lab.fit import clock, fit, predict, test_only
-from lab.runtime import RUNS, Problem, guarded, say
+from lab.fit import clock, fit
+from lab.runtime import RUNS, Problem, count, guarded, say
 from lab.tables import FIGURES, TABLES, report, show_figure, show_table
+from lab.use import predict, test_only
 
 
 def name_of(text):
@@ -50,12 +59,14 @@ def make_parser():
                     epilog="Defaults are the paper's, but without --dataset or with --dataset "
                            f"digits:\n{' '.join(flags(RECIPES['digits']))}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    commands = parser.add_argument_group("commands; without one, train")
+    commands = parser.add_argument_group("what to do; without one of these: train")
     commands.add_argument("--table", type=name_of, choices=[1, 2, *list(TABLES)[1:]],
                           help="run a table of the paper, or a study of ours")
     commands.add_argument("--row", nargs="+", metavar="TEXT",
-                          help="run only rows with this in their name; others print as known")
-    commands.add_argument("--seeds", type=number(1), metavar="K", help="of each row (default: 1)")
+                          help="with --table: run only rows with this in their name; others print "
+                          "as known")
+    commands.add_argument("--seeds", type=number(1), metavar="K",
+                          help="with --table, --figure: runs of each row (default: 1)")
     commands.add_argument("--figure", type=name_of, choices=list(FIGURES),
                           help="run and draw a figure of the paper, or draw a study")
     commands.add_argument("--report", action="store_true",
@@ -71,64 +82,55 @@ def make_parser():
                           help="images or folders: classify with the network of --resume")
     commands.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_fields(parser)
+    return parser
+
+
+def add_fields(parser):
+    """A flag for every field of Config, in its group."""
     groups = {}
     for field in dataclasses.fields(Config):
         about = field.metadata
-        group = groups.setdefault(about["group"], None) or parser.add_argument_group(about["group"])
-        groups[about["group"]] = group
+        if about["group"] not in groups:
+            groups[about["group"]] = parser.add_argument_group(about["group"])
         flag = dict(about["flag"])
         if field.type is bool:
             flag["action"] = argparse.BooleanOptionalAction
-        else:
-            flag.setdefault("type", field.type)
-            if "choices" not in flag:
-                flag.setdefault("metavar", field.name.rpartition("_")[2].upper())
+        elif field.type in (int, float):
+            flag.setdefault("type", number(0, field.type))
+        if not {"choices", "action", "metavar"} & set(flag):
+            flag["metavar"] = field.name.rpartition("_")[2].upper()
         if field.default not in ("", None, dataclasses.MISSING):
             several = isinstance(field.default, tuple)
             shown = " ".join(map(str, field.default)) if several else field.default
             flag["help"] += f" (default: {shown})"
-        group.add_argument("--" + field.name.replace("_", "-"), **flag)
-    return parser
+        groups[about["group"]].add_argument("--" + field.name.replace("_", "-"), **flag)
 
 
 def parse(arguments):
     """Command line -> commands {name: value}, Config fields given {name: value}."""
-    parser = make_parser()
-    found, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise Problem(f"unknown argument {unknown[0]}; --help lists all")
-    found = vars(found)
-    names = [f.name for f in dataclasses.fields(Config)]
-    given = {name: found.pop(name) for name in names if name in found}
-    if "set" in given:
-        given["set"] = dict(given["set"])
-    if "milestones" in given:
-        given["milestones"] = tuple(given["milestones"])
+    found = vars(make_parser().parse_args(arguments))
+    given = {f.name: found.pop(f.name) for f in dataclasses.fields(Config) if f.name in found}
+    for name, kind in (("set", dict), ("milestones", tuple)):
+        if name in given:
+            given[name] = kind(given[name])
     return found, given
 
 
 def with_run(given, finished):
-    """Replace --resume without a path by the newest fitting run."""
-    if given.get("resume", "newest") != "newest":
-        return given
-    wanted = {k: v for k, v in given.items() if not Config.__dataclass_fields__[k].metadata["free"]}
-    folder = given.get("output_dir") or newest(wanted, finished)
-    if not folder:
-        fields = "".join(f", {k}={v}" for k, v in wanted.items())
+    """The run of --resume, or where no path was given the newest."""
+    path = given.get("resume") or given.get("output_dir") or newest(finished)
+    if not path:
         kind = "" if finished else "unfinished "
-        raise Problem(f"no {kind}run in {RUNS}/{fields}; give --resume PATH")
-    say(f"newest run: {folder}")
-    return {**given, "resume": str(folder)}
+        raise Problem(f"no {kind}run in {RUNS}/; give --resume PATH")
+    return {**given, "resume": path}
 
 
 def train(given):
     """Plain training: a new run, or the rest of an old one, whose settings then hold."""
     if "resume" in given:
         given = with_run(given, finished=False)
-        state = load_checkpoint(given["resume"])
-        config = Config(**merge(state["config"], given))
-        check_same(config, state)
-        result = fit(config)
+        result = fit(Config(**merge(load_checkpoint(given["resume"])["config"], given)))
     else:
         result = fit(make_config(**given))
     best, note = result["best_by_test_error"], ""
@@ -136,17 +138,18 @@ def train(given):
         centre = f"by the centre crop {result['curves']['test_error'][-1]:.2f} %, "
         note = (f" ({centre * result['multi_crop']}the best epoch by test error, {best['epoch']}: "
                 f"{best['test_error']:.2f} %)")
-    say(f"test error {result['error']:.2f} % after {result['epochs']} epochs and "
+    say(f"test error {result['error']:.2f} % after {count(result['epochs'], 'epoch')} and "
         f"{clock(result['seconds'])}{note}")
     say(f"curves and predictions: {result['folder']}/curves.png")
 
 
 def show_list():
-    print("models:")
+    print("models, with what sets them apart (--set changes it):")
     for name in models():
-        about = encapnet.MODELS[name] if name in encapnet.MODELS else ("of torchvision", "")
-        kind = getattr(about[0], "__name__", about[0])
-        print(f"  {name:18}", kind, json.dumps(about[1]) if about[1] else "")
+        cls, keywords = encapnet.MODELS.get(name, (None, {}))
+        side = MODEL_SIDE.get(name, 0)
+        about = [f"{side}x{side} images"] * (side > 0) + [f"{k}={v}" for k, v in keywords.items()]
+        print(f"  {name:18}", cls.__name__ if cls else f"torchvision.models.{name}", *about)
     print("data sets:")
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")

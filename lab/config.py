@@ -96,14 +96,13 @@ def option(default, group, help, *, free=False, **flag):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-data_option = functools.partial(option, group="data [Sec. 5; App. C]")
-model_option = functools.partial(option, group="model and loss [Secs. 3, 5; App. A, B]")
-train_option = functools.partial(option, group="optimisation [Sec. 5]")
-run_option = functools.partial(option, group="running", free=True)
+data_option = functools.partial(option, group="images [Sec. 5; App. C]")
+model_option = functools.partial(option, group="network and loss [Secs. 3, 5; App. A, B]")
+train_option = functools.partial(option, group="training [Sec. 5]")
+run_option = functools.partial(option, free=True,
+                               group="this run: where, how fast, how often saved")
 AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-crop test",
            "++": "also flip (not digits), colour jitter 0.2, schedule x 1.5"}
-LOSSES = ("margin", "spread", "spread-fixed", "ce")
-OPTIMIZERS = ("adam", "rmsprop", "sgd")
 
 
 @dataclasses.dataclass
@@ -111,10 +110,11 @@ class Config:
     dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
     data_path: str = data_option("data", help="where data sets are, or go", free=True,
                                  metavar="DIR")
-    image_size: int = data_option(0, help="side of the images; 0: the data set's", type=number(0))
-    train_images: int = data_option(0, help="use only N, always the same; 0: all", type=number(0),
-                                    metavar="N")
-    test_images: int = data_option(0, help="the same for the test", type=number(0), metavar="N")
+    image_size: int = data_option(0, help="one number, the side of the square that the network "
+                                  "sees: other shapes are resized by the short side, and the "
+                                  "middle is cut out; 0: the data set's")
+    train_images: int = data_option(0, help="use only N, always the same; 0: all", metavar="N")
+    test_images: int = data_option(0, help="the same for the test", metavar="N")
     resample: bool = data_option(False, help="with --train-images: others for every seed")
     hold_out: bool = data_option(False, help="to choose settings by: every tenth training image is "
                                  "tested, not trained on; the test images stay unseen")
@@ -127,41 +127,39 @@ class Config:
                                   "report; trust: do not look beforehand", free=True,
                                   choices=("stop", "skip", "trust"))
     workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
-                               free=True, type=number(0))
+                               free=True)
     model: str = model_option("encapnet", help="see --list", choices=models(), metavar="MODEL")
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
-    loss: str = model_option("", help="margin, spread, spread-fixed, ce; networks with logits: ce",
-                             choices=LOSSES)
-    lam: float = model_option(10.0, help="weight of the feedback divergence", type=number(0, float))
+    init: str = model_option("", help="start from the weights of another run, its folder; where "
+                             "classes differ, the class layer starts anew", metavar="RUN")
+    loss: str = model_option("", help="networks with logits: ce, others: margin",
+                             choices=("margin", "spread", "spread-fixed", "ce"))
+    lam: float = model_option(10.0, help="weight of the feedback divergence")
     recipe: str = train_option("default", choices=("default", "fast"),
                                help="default: the paper's (digits: its own); fast: for one evening")
-    optimizer: str = train_option("adam", help="adam, rmsprop, sgd [Table 5]",
-                                  choices=OPTIMIZERS)
-    lr: float = train_option(1e-4, help="learning rate", type=number(0, float))
-    weight_decay: float = train_option(5e-4, help="L2 penalty", type=number(0, float))
+    optimizer: str = train_option("adam", help="[Table 5]", choices=("adam", "rmsprop", "sgd"))
+    lr: float = train_option(1e-4, help="learning rate")
+    weight_decay: float = train_option(5e-4, help="L2 penalty")
     batch_size: int = train_option(128, help="over all processes", type=number(1))
-    epochs: int = train_option(600, help="scales the milestones with it", type=number(0), free=True)
+    epochs: int = train_option(600, help="scales the milestones with it", free=True)
     clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
-                               "never, as in the paper; recipes digits and fast: 1",
-                               type=number(0, float), metavar="NORM")
-    schedule: str = train_option("steps", help="steps or one-cycle",
-                                 choices=("steps", "one-cycle"))
+                               "never, as in the paper; recipes digits and fast: 1", metavar="NORM")
+    schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="epochs at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
-    gamma: float = train_option(0.1, help="by this factor", type=number(0, float))
-    seed: int = train_option(0, help="of weights, order and augmentation", type=number(0))
+    gamma: float = train_option(0.1, help="by this factor")
+    seed: int = train_option(0, help="of weights, order and augmentation")
     device: str = run_option("auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     amp: bool = run_option(False, help="bfloat16 where it is safe; recipe fast: on a GPU, yes")
     compile: bool = run_option(False, help="torch.compile the model")
     channels_last: bool = run_option(False, help="memory format of images and convolutions")
     deterministic: bool = run_option(False, help="bit-exact on a GPU too, slower")
-    output_dir: str = run_option("", help="folder of the run (default: a new one in runs/)",
-                                 metavar="DIR")
-    resume: str = run_option(None, help="go on with a run: its folder, or the newest unfinished",
-                             nargs="?", const="newest", metavar="PATH")
-    save_every: float = run_option(60.0, help="seconds between checkpoints, 0: every step",
-                                   type=number(0, float))
+    output_dir: str = run_option("", help="folder of the run; goes on if one is there already "
+                                 "(default: a new one in runs/)", metavar="DIR")
+    resume: str = run_option(None, help="go on with a run as it was asked for: its folder, or the "
+                             "newest unfinished in runs/", nargs="?", const="", metavar="PATH")
+    save_every: float = run_option(60.0, help="seconds between checkpoints, 0: every step")
     print_freq: int = run_option(50, help="steps between looks at the loss", type=number(1))
 
 
@@ -172,7 +170,7 @@ RECIPES = {    # what a data set changes in the paper's settings
     "imagenet": dict(batch_size=256),
 }
 FAST = dict(schedule="one-cycle", epochs=30, batch_size=512, lr=4e-3, weight_decay=5e-4, clip=1.0)
-LATER = {"clip": 0.0, "resample": False, "hold_out": False}    # added once results were published
+LATER = {"clip": 0.0, "resample": False, "hold_out": False, "init": ""}    # than some results
 
 
 def merge(*layers):
@@ -236,12 +234,6 @@ def identity(config):
     fields = [f.name for f in dataclasses.fields(Config) if not f.metadata["free"]]
     plain = json.loads(json.dumps({name: getattr(config, name) for name in fields}))
     return {**plain, "dataset": data_name(config)}
-
-
-def identity_fields(config):
-    """The fields that must agree for a run to be this run."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
-            if not f.metadata["free"]}
 
 
 def config_key(config):

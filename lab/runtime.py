@@ -1,7 +1,9 @@
-"""What every room stands on: a Problem and how it is told, devices, processes, files."""
+"""What every room stands on: a Problem and how it is told, files, devices, processes, signals."""
 import contextlib
 import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -55,6 +57,12 @@ def guarded(program, function, arguments):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def count(n, noun):
+    """1 epoch, 2 epochs, 1,000 classes."""
+    plural = noun if n == 1 else noun + ("es" if noun.endswith("s") else "s")
+    return f"{n:,} {plural}"
 
 
 def write_file(path, content, keep=None):
@@ -139,6 +147,47 @@ def join_processes(backend):
     """init_process_group, but a restart does not find the addresses of the processes before it."""
     from torch.distributed.rendezvous import rendezvous
     store, rank, world = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{restarts()}", store),
-                            rank=rank,
-                            world_size=world)
+    store = dist.PrefixStore(f"start-{restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Refuse a folder that another process works in; the kernel unlocks when that one dies."""
+    if rank() > 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    except OSError as error:
+        raise Problem(f"--output-dir {folder}: {error.strerror}") from error
+    with file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                               # Windows: no lock
+            pass
+        except OSError:
+            raise Problem(f"{folder} is in use by another run") from None
+        yield
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
+    signals, first = [], []
+
+    def handler(number, frame):
+        if signals and time.time() - first[0] > 1:        # torchrun repeats what a terminal sent
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        first.append(time.time())
+        signals.append(number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)

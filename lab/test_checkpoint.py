@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -181,7 +182,8 @@ def test_both_checkpoints_damaged_stop_and_touch_nothing(half, place):
     before = {p: p.read_bytes() for p in half.iterdir()}
     for words in ("--resume run", EXACT):
         done = run(place, words)
-        assert_one_line(done, "last.pt" if "resume" in words else "unfinished run")
+        assert "last.pt is damaged" in done.out
+        assert_one_line(done.last(), "previous.pt is damaged")
     assert {p: p.read_bytes() for p in half.iterdir()} == before
 
 
@@ -255,7 +257,64 @@ def test_another_configuration_is_refused_and_named(half, place):
                          ("--dataset digits", "dataset"), ("--epochs 0", "epochs")):
         assert_one_line(run(place, "--resume run", words).last(), field, "trained otherwise")
     assert_one_line(run(place, "--resume run --model encapnet6").last(), "model")
-    assert_one_line(run(place, EXACT), "unfinished run")
+    assert_one_line(run(place, EXACT, "--lr 0.1").last(), "lr", "another --output-dir")
+
+
+def test_the_same_output_dir_goes_on(half, reference, place):
+    done = run(place, EXACT)
+    assert done.code == 0 and "going on after epoch 1, step 1" in done.out
+    assert_same_run(half, reference)
+    before = {p: p.read_bytes() for p in half.iterdir()}
+    done = run(place, EXACT)
+    assert done.code == 0 and "already finished" in done.out
+    assert {p: p.read_bytes() for p in half.iterdir()} == before
+
+
+def test_damage_found_at_a_resume_never_replaces_the_checkpoint_before(half, place):
+    """Killed before the first save of its own, a run that fell back can fall back again."""
+    (half / "last.pt").write_bytes(cut(.5)((half / "last.pt").read_bytes()))
+    good = (half / "previous.pt").read_bytes()
+    for k in (1, 2, 3):
+        done = run(place, "--resume run", sabotage=[functools.partial(kill_in_write, k)])
+        assert done.code == -signal.SIGKILL
+        assert (half / "previous.pt").read_bytes() == good
+    assert load_checkpoint(half)["step"] == 0
+
+
+def moved(place):
+    """The images lie elsewhere, and nowhere else."""
+    images = Path(shutil.copytree(place / "data", place / "elsewhere"))
+    (place / "data").unlink()
+    return images
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "from before this was saved"])
+def test_images_moved_and_renamed_are_the_same_images(old, half, reference, place):
+    moved(place)
+    if old:
+        for name in ("last.pt", "previous.pt"):
+            state = torch.load(half / name, weights_only=True)
+            del state["data"]["source"], state["config"]["init"]
+            torch.save(state, half / name)
+    done = run(place, "--resume run --data-path elsewhere")
+    assert done.code == 0 and "elsewhere: 32 + 10 images" in done.out
+    assert_same_run(half, reference)
+
+
+@pytest.mark.parametrize("change", [
+    lambda root: (root / "test/bee/0.png").rename(root / "test/bee/00.png"),
+    lambda root: (root / "train/ant/0.png").write_bytes((root / "train/ant/0.png").read_bytes()
+                                                        + b"0"),
+    lambda root: shutil.copy(root / "test/ant/0.png", root / "test/ant/9.png"),
+    lambda root: (root / "train/ant/0.png").rename(root / "train/bee/99.png"),
+    lambda root: [(root / s / "cat").rename(root / s / "cow") for s in ("train", "test")],
+], ids=["name", "size", "number", "class", "classes"])
+def test_other_images_are_refused_with_the_way_out(change, half, place):
+    change(moved(place))
+    before = {p: p.read_bytes() for p in half.iterdir() if p.suffix == ".pt"}
+    done = run(place, "--resume run --data-path elsewhere").last()
+    assert_one_line(done, "other images", "--data-path", "--init run")
+    assert {p: p.read_bytes() for p in half.iterdir() if p.suffix == ".pt"} == before
 
 
 def test_epochs_may_grow_with_the_run_as_if_planned(reference, place):
@@ -289,16 +348,28 @@ def note_what_is_read(file):
     Image.open = opened
 
 
+def image_by_image():
+    """BatchNorm by each image's own moments; what it keeps must be rank 0's wherever it is used."""
+    def forward(self, x):
+        assert not self.running_mean.any()
+        self.running_mean += self.training and int(os.environ.get("RANK", 0))
+        return F.group_norm(x, 1, self.weight, self.bias)
+    torch.nn.BatchNorm2d.forward = forward
+
+
 def test_two_processes_do_what_one_does(place):
-    """Loss, feedback over the gathered batch, gradient, and the count of evaluated images."""
+    """Loss, feedback over the gathered batch, gradient, and the count of evaluated images.
+
+    But for BatchNorm, which on a CPU sees a process's own images; here it is made to see one.
+    """
     words = GLOBAL + " --optimizer sgd --batch-size 16 --save-every 0 --augment ++ --flip " \
         "--test-images 13"
     for name in ("one", "two"):
         (place / name).mkdir()
         (place / name / "data").symlink_to((place / "data").resolve())
     act = functools.partial(note_what_is_read, str(place / "read.txt"))
-    pair = two_processes(place / "two", words, sabotage=([act], [act]))
-    assert run(place / "one", words).code == 0
+    pair = two_processes(place / "two", words, sabotage=([act, image_by_image],) * 2)
+    assert run(place / "one", words, sabotage=[image_by_image]).code == 0
     done = [job.wait() for job in pair]
     assert [d.code for d in done] == [0, 0]
     assert (place / "read.txt").read_text() == 45 * "0" + 45 * "1"    # rank 0 first: it downloads

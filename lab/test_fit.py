@@ -6,7 +6,6 @@ import json
 import re
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from PIL import Image
 
 import encapnet
 from conftest import HERE
-from lab import fit
+from lab import fit, measure, use
 from lab.config import Config, config_key, make_config, merge
 from lab.data import Data, Split, enlarged, load_data
 from lab.digits import draw_digits
@@ -90,9 +89,10 @@ def trial(monkeypatch, tmp_path):
     monkeypatch.setattr(fit, "draw_run", lambda *run: None)
 
     def given(data, network=None):
-        monkeypatch.setattr(fit, "load_data", lambda config, device: data)
-        if network:
-            monkeypatch.setattr(fit, "make_model", lambda *request: network())
+        for room in (fit, use):
+            monkeypatch.setattr(room, "load_data", lambda config, device: data)
+            if network:
+                monkeypatch.setattr(room, "make_model", lambda *request: network())
     return given
 
 
@@ -343,7 +343,7 @@ def one_epoch(seed, epoch, monkeypatch):
         steps = record_steps(patch)
         run = build(data, model="cnn-same", set={"width": .1}, seed=seed, epochs=9)
         weights, run.epoch, run.saved = numbers(run.net), epoch, time.time()
-        fit.train_epoch(run, SimpleNamespace(show=lambda run: None))
+        fit.train_epoch(run)
     order = torch.cat([images[:, 0, 0, 0] for images, *_ in steps]).long()
     draws = torch.empty(24, 7)
     draws[order] = torch.cat([draws for _, _, draws, _ in steps])
@@ -518,7 +518,7 @@ def test_predict_names_the_likeliest_class_first(channels, logits, trial, capsys
     capsys.readouterr()
     image = torch.randint(256, (3, 4, 4), dtype=torch.uint8)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save("x.png")
-    fit.predict(["x.png"], {"resume": "run"})
+    use.predict(["x.png"], {"resume": "run"})
     named = re.findall(r"(class\d) (\d\.\d+)", capsys.readouterr().out)
     x = image if channels == 3 else T.rgb_to_grayscale(image.double())
     scores = scores_by_hand(net, x, data.mean, data.std)
@@ -536,7 +536,7 @@ def test_test_only_normalises_as_training_did(augment, trial, capsys):
     other = toy_data(test=150, held=6, classes=10, mean=(.9, .2, .1), std=(.2, .9, .3))
     trial(other, lambda: net)
     capsys.readouterr()
-    fit.test_only({"resume": "run"})
+    use.test_only({"resume": "run"})
     crops = CROPS[augment != "none", "svhn"]
     ours, theirs = (errors_by_hand(net, other.test, moments, crops) for moments in (data, other))
     assert ours["error"] != theirs["error"]
@@ -592,7 +592,8 @@ def test_published_results_keep_their_keys():
     for key, config in known:
         assert config_key(config) == key, config
         assert config_key(dataclasses.replace(config, seed=7, device="cuda", amp=True)) == key
-    for change in (dict(clip=.5), dict(resample=True), dict(hold_out=True), dict(epochs=99)):
+    for change in (dict(clip=.5), dict(resample=True), dict(hold_out=True), dict(epochs=99),
+                   dict(init="runs/x")):
         assert config_key(dataclasses.replace(config, **change)) != key
 
 
@@ -670,6 +671,19 @@ def test_every_model_is_tried():
     assert {model for model, *_ in LEARNS} == set(encapnet.MODELS)
 
 
+@pytest.mark.parametrize("model", encapnet.MODELS)
+def test_the_class_layer_of_every_model_is_its_last(model):
+    """All weights of the module that computes the scores, and of no other."""
+    config = make_config(dataset="cifar10", model=model, set=NARROW[model])
+    net, called = fit.make_model(config, 3, 3).eval(), []
+    for name, module in net.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_hook(lambda *call, name=name: called.append(name))
+    side = config.image_size
+    net(torch.rand(1, 3, side, side))
+    assert {name.rpartition(".")[0] for name in fit.class_layer(config, 3, 3)} == {called[-1]}
+
+
 @pytest.fixture
 def on_meta(monkeypatch):
     """Tensors without values: one left on the CPU, or a value asked for, raises.  No autocast."""
@@ -700,7 +714,7 @@ def test_no_step_and_no_test_touches_the_host(model, on_meta):
     step_on_meta(run)
     moments = [t for s in run.optimizer.state.values() for t in s.values() if t.dim()]
     assert moments and {t.device for t in moments} == {META}
-    hits = fit.count_hits(run, multi_crop=True)
+    hits = measure.count_hits(run, multi_crop=True)
     assert hits.device == META and hits.shape == (3,)
 
 
@@ -709,16 +723,15 @@ def test_no_step_and_no_test_touches_the_host(model, on_meta):
 def test_no_augmentation_touches_the_host(words, on_meta):
     run = on_meta("cnn-same", optimizer="rmsprop", schedule="one-cycle", **words)
     step_on_meta(run)
-    fit.count_hits(run, multi_crop=True)                  # mirrored too
+    measure.count_hits(run, multi_crop=True)                  # mirrored too
 
 
 def test_an_epoch_looks_at_values_only_where_it_checks_them(on_meta, monkeypatch):
     run, checked = on_meta("encapnet-small", augment="++"), []
-    monkeypatch.setattr(fit, "check_finite", lambda run, bad: checked.append((run.step, bad)))
+    monkeypatch.setattr(fit, "check_finite", lambda run: checked.append(run.step))
     run.saved = time.time()
-    fit.train_epoch(run, SimpleNamespace(show=lambda run: None))
-    (step, bad), = checked
-    assert step == run.step == 2 and run.totals.device == bad.device == META
+    fit.train_epoch(run)
+    assert checked == [run.step] == [2] and run.totals.device == run.bad.device == META
 
 
 @pytest.mark.filterwarnings("ignore:.*which is a no-op")

@@ -18,8 +18,9 @@ import train
 from conftest import FOLDER, HERE, assert_one_line, state_of
 from lab import bench
 from lab.config import AUGMENT, DATASETS, config_key, make_config
-from lab.fit import learning_rate, load
-from lab.runtime import Problem, guarded
+from lab.fit import learning_rate
+from lab.runtime import Problem, count, guarded
+from lab.use import load
 
 # ------------------------------------------------------------------------------------------------
 # Command line and Config
@@ -56,6 +57,17 @@ def test_help_and_list(cli, capsys):
     done = cli("--list")
     for name in (*encapnet.MODELS, *DATASETS, "--table 5", "--figure 4", "resnet101"):
         assert name in done.out, name
+    about = dict(line.split(maxsplit=1) for line in done.out.splitlines() if line[:2] == "  ")
+    models = [about[name] for name in (*encapnet.MODELS, "resnet101", "vgg16")]
+    assert len(set(models)) == len(models)                               # told apart
+    assert "128x128" in about["encapnet-v2"] and "224x224" in about["encapnet-v3"]
+
+
+@pytest.mark.parametrize("n, noun, text", [
+    (0, "epoch", "0 epochs"), (1, "epoch", "1 epoch"), (2, "thread", "2 threads"),
+    (1, "class", "1 class"), (1000, "class", "1,000 classes")])
+def test_numbers_of_things(n, noun, text):
+    assert count(n, noun) == text
 
 
 @pytest.mark.parametrize("words, wanted", [
@@ -201,6 +213,58 @@ def test_weights_of_wrapped_models_are_interchangeable(trained, cli):
     state["net"].popitem()
     torch.save(state, "less.pt")
     assert_one_line(cli("--resume less.pt --test-only"), "does not fit")
+
+
+# ------------------------------------------------------------------------------------------------
+# A run that starts from another's weights
+# ------------------------------------------------------------------------------------------------
+
+BEGUN = f"{FOLDER} --train-images 20 --epochs 0 --seed 5 --output-dir"   # before training
+
+
+def weights(folder):
+    return state_of(folder)["net"]
+
+
+def test_init_starts_from_another_runs_weights(trained, cli):
+    assert cli(BEGUN, "fresh").code == 0
+    done = cli(BEGUN, f"same --init {trained}")
+    assert done.code == 0 and "after 2 epochs\n" in done.out
+    ours, theirs, fresh = map(weights, ("same", trained, "fresh"))
+    assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert not torch.equal(fresh["classes.weight"], ours["classes.weight"])
+    results = [json.loads(Path(f, "result.json").read_text()) for f in ("same", "fresh")]
+    assert results[0]["config"]["init"] == str(trained) and results[0]["key"] != results[1]["key"]
+    assert_one_line(cli(BEGUN, "same"), "init")           # a run without it is another
+    assert cli("--resume same --epochs 1").code == 0
+    assert not torch.equal(weights("same")["classes.weight"], theirs["classes.weight"])
+
+
+@pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "cow")])
+def test_init_leaves_the_class_layer_alone_where_classes_are_others(classes, trained, cli,
+                                                                    pictures):
+    """As many classes with other names are other classes."""
+    data = "-".join(classes)
+    for split in ("train", "test"):
+        for name, new in zip(("ant", "bee", "cat"), classes, strict=False):
+            shutil.copytree(pictures / split / name, f"{data}/{split}/{new}")
+    assert cli(BEGUN, f"fresh --data-path {data}").code == 0
+    done = cli(BEGUN, f"new --data-path {data} --init {trained}")
+    assert done.code == 0 and done.out.count("the class layer starts anew") == 1
+    assert state_of("new")["data"]["classes"] == list(classes)
+    ours, theirs, fresh = map(weights, ("new", trained, "fresh"))
+    assert len(ours) > 20
+    for name, t in ours.items():
+        assert torch.equal(t, fresh[name] if name == "classes.weight" else theirs[name]), name
+
+
+@pytest.mark.parametrize("words, culprit", [
+    (f"{FOLDER} --set types=3", "size mismatch for"), ("--init nowhere", "nowhere"),
+    ("--dataset folder --model cnn-same --set width=0.1", "Missing key"),
+    ("--dataset folder --model encapnet-small", "size mismatch for")])
+def test_init_from_what_does_not_fit_is_one_line(words, culprit, trained, cli):
+    done = cli(f"--init {trained} --epochs 0 --output-dir run", words)
+    assert_one_line(done, "--init" if "nowhere" not in words else "checkpoint", culprit)
 
 
 @pytest.mark.slow

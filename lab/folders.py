@@ -1,0 +1,231 @@
+"""Folders of image files, one's own or ImageNet's: which there are, read and decoded."""
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from lab.runtime import Problem, count, reason, say, write_file
+
+HELD_BYTES = 4 << 30          # folders up to this size are decoded once and held
+HUGE_PIXELS = 100_000_000     # a larger image is refused rather than decoded
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def drawn_by(config, split):
+    """The seed of the images that are kept or drawn: the same for every run unless --resample."""
+    return config.seed if config.resample and split == "train" else 0
+
+
+def chosen(n, config, split):
+    """Positions of the images that --train-images, --test-images keep."""
+    wanted = getattr(config, f"{split}_images")
+    if wanted > n:
+        raise Problem(f"--{split}-images {wanted}: there are only {n}")
+    generator = torch.Generator().manual_seed(drawn_by(config, split))
+    order = torch.randperm(n, generator=generator)
+    return order[:wanted].sort().values if wanted else torch.arange(n)
+
+
+def decode(file, side, box=None):
+    """An image file of any mode -> (3, side, side) uint8: short side resized, centre cropped.
+
+    box: (left, top, right, bottom) to cut out first
+    """
+    from PIL import Image, ImageOps
+    Image.MAX_IMAGE_PIXELS = None                         # our own limit, an error, follows
+    with Image.open(file) as image:
+        if image.width * image.height > HUGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {HUGE_PIXELS:,}")
+        if image.mode.startswith("I"):                    # 16 bits, whichever way stored
+            image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+        clear = "transparency" in image.info              # a palette with a transparent colour
+        image = ImageOps.exif_transpose(image).convert("RGBA" if clear else "RGB")
+        image = image.convert("RGB").crop(box) if box else image.convert("RGB")
+    scale = side / min(image.size)
+    width, height = (max(side, round(s * scale)) for s in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - side) // 2, (height - side) // 2
+    if width != height:
+        image = image.crop((left, top, left + side, top + side))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(side, side, 3).permute(2, 0, 1)
+
+
+class Files(torch.utils.data.Dataset):
+    """Image files, decoded when asked for.   samples: [(path, box to cut out or None)]"""
+
+    def __init__(self, samples, side):
+        self.samples, self.side = samples, side
+
+    def __len__(self):
+        return len(self.samples)
+
+    def at(self, places):
+        """Those at these places alone."""
+        return Files([self.samples[k] for k in places], self.side)
+
+    def __getitem__(self, k):
+        path, box = self.samples[k]
+        try:
+            return decode(path, self.side, box), k
+        except Exception as error:
+            raise Problem(f"cannot read {path}: {reason(error)}", 1) from error
+
+
+def split_folder(root, split):
+    """ROOT/train, ROOT/test; ROOT/val where there is no test."""
+    for name in ("train",) if split == "train" else ("test", "val"):
+        if (root / name).is_dir():
+            return root / name
+    raise Problem(f"no folder {root / split}: images go to {root}/train/CLASS/*.jpg "
+                  f"and {root}/test/CLASS/*.jpg (or val)")
+
+
+def class_folders(folder):
+    found = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not found:
+        raise Problem(f"{folder} has no class folders: images go to {folder}/CLASS/*.jpg")
+    return found
+
+
+def image_files(folder, classes):
+    """(path, place in classes) of every image, in the order of class names and file names."""
+    from torchvision.datasets.folder import make_dataset
+    number = {name: k for k, name in enumerate(classes)}
+    return make_dataset(str(folder), number, tuple(SUFFIXES), allow_empty=True)
+
+
+def fingerprint(files):
+    """What identifies own images: classes, counts, names and sizes of files, not where they lie."""
+    known = [(Path(path).name, k, os.path.getsize(path)) for path, k in files]
+    return f"{len(files)} files {hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
+
+
+def read_images(files, folder, unreadable):
+    """Images held in memory where they fit, else files, looked at once; places of those kept."""
+    fits, n = len(files) * 3 * files.side ** 2 <= HELD_BYTES, count(len(files), "image")
+    if not fits and unreadable == "trust":
+        return files, range(len(files))
+    say(f"reading {n} of {folder}" if fits else
+        f"checking {n} of {folder} (--unreadable trust: do not)")
+    images, bad = torch.empty(len(files) * fits, 3, files.side, files.side, dtype=torch.uint8), {}
+
+    def read(k):
+        try:
+            pixels, _ = files[k]
+            if fits:
+                images[k] = pixels
+        except Problem as problem:
+            bad[k] = str(problem).removeprefix("cannot read ")
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(read, range(len(files))))
+    keep = [k for k in range(len(files)) if k not in bad]
+    if not bad:
+        return images if fits else files, keep
+    report = f"{len(bad)} of {n} cannot be read: {'; '.join(bad[k] for k in sorted(bad)[:3])}"
+    if unreadable != "skip" or not keep:
+        raise Problem(f"{report}; mend or remove them, or --unreadable skip")
+    say(f"skipped: {report}")
+    return images[keep] if fits else files.at(keep), keep
+
+
+def load_folder(config, held):
+    """train/CLASS/*.jpg and test/CLASS/*.jpg (or val/); test may lack classes that training has."""
+    train, test = (split_folder(Path(config.data_path), split) for split in ("train", "test"))
+    classes = class_folders(train)
+    if unknown := sorted(set(class_folders(test)) - set(classes)):
+        raise Problem(f"{test} has classes that training has not: {', '.join(unknown)}")
+    return load_classes(config, held, classes, {})
+
+
+def load_classes(config, held, classes, boxes):
+    """Images of these classes, or what is in their boxes: {name of an image: [box]}."""
+    splits, known = [], []
+    for split in ("train", "test"):
+        folder = split_folder(Path(config.data_path), split)
+        files = image_files(folder, classes)
+        seen = {k for _, k in files}
+        if lacking := [name for k, name in enumerate(classes) if k not in seen]:
+            told = f"{folder}: no images in {', '.join(lacking[:5])}" + ", ..." * (len(lacking) > 5)
+            if split == "train" or not files:
+                raise Problem(told)
+            say(f"{told}: not tested")
+        known.append(fingerprint(files))
+        samples = [((path, box), k) for path, k in files
+                   for box in boxes.get(Path(path).stem, [None])]
+        samples = [samples[k] for k in chosen(len(samples), config, split)]
+        images, keep = read_images(Files([s for s, _ in samples], held), folder, config.unreadable)
+        splits.append((images, torch.tensor([samples[k][1] for k in keep])))
+    return splits, classes, " + ".join(known)
+
+
+# ------------------------------------------------------------------------------------------------
+# h-ImageNet   [Sec. 5]
+# ------------------------------------------------------------------------------------------------
+
+
+def hard_classes(config, root, hardest=200):
+    """The classes on which ResNet-18 errs most: --class-list, or measured once and kept."""
+    file = Path(config.class_list or root / "h-imagenet-classes.txt")
+    if not file.exists() and not config.class_list:
+        folder = split_folder(root, "test")
+        found = class_folders(folder)
+        if len(found) != 1000:
+            raise Problem(f"{root}: the hardest classes are chosen among 1000, not {len(found)}; "
+                          "give them with --class-list FILE")
+        share = right_answers(image_files(folder, found), config.workers)
+        worst = share.argsort()[:hardest].tolist()
+        write_file(file, "".join(f"{found[k]}\n" for k in sorted(worst)).encode())
+    try:
+        return file.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"--class-list {file}: {error}") from error
+
+
+@torch.no_grad()
+def right_answers(files, workers):
+    """Share of each of the 1000 classes' images that torchvision's ResNet-18 gets right."""
+    import torchvision.models
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    try:
+        net = torchvision.models.resnet18(weights=weights).eval()
+    except (OSError, RuntimeError) as error:
+        raise Problem(f"no ResNet-18 to choose classes with ({reason(error)}): download "
+                      f"{weights.url}, or give --class-list FILE") from error
+    right, truth = torch.zeros(1000), torch.tensor([k for _, k in files])
+    images = Files([(path, None) for path, _ in files], 256)
+    for batch, index in torch.utils.data.DataLoader(images, 64, num_workers=workers):
+        answers = net(weights.transforms()(batch)).argmax(1)
+        right.index_add_(0, truth[index], (answers == truth[index]).float())
+    return right / truth.bincount(minlength=1000)
+
+
+def annotated_boxes(root, padding=0.1):
+    """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's annotations."""
+    from xml.etree import ElementTree
+    boxes = {}
+    for file in sorted((root / "Annotations").rglob("*.xml")):
+        try:
+            for box in ElementTree.parse(file).iter("bndbox"):
+                left, top, right, bottom = (
+                    int(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+                dx, dy = padding * (right - left), padding * (bottom - top)
+                enlarged_box = (left - dx, top - dy, right + dx, bottom + dy)
+                boxes.setdefault(file.stem, []).append(tuple(map(round, enlarged_box)))
+        except (ElementTree.ParseError, TypeError, ValueError) as error:
+            raise Problem(f"annotation {file} is damaged: {error}") from error
+    return boxes
+
+
+def load_h_imagenet(config, held):
+    """255,725 + 17,101 images in the paper: hard classes, objects cut out by their boxes. [Sec. 5]
+
+    Where an image has no boxes it is taken whole.
+    """
+    root = Path(config.data_path)
+    return load_classes(config, held, hard_classes(config, root), annotated_boxes(root))

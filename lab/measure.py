@@ -1,0 +1,101 @@
+"""What is measured of a run's network: errors, agreement of votes, what its units tell apart."""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lab.config import DATASETS
+from lab.data import normalised, views
+from lab.runtime import rank, world
+
+
+def call(model, config, x):
+    """The model under the Config's precision and memory format."""
+    if config.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
+        scores, feedback = model(x)
+    return scores.float(), feedback.float()
+
+
+@torch.no_grad()
+def count_hits(run, multi_crop=False):
+    """Of the whole test set, each image counted once however many the processes.
+
+    -> (3,): right first answers, right among the first five, images; on the device
+    """
+    data, mirror = run.data, DATASETS[run.config.dataset].flips
+    mine = torch.arange(rank(), len(data.test), world(), device=run.device)
+    hits = torch.zeros(3, dtype=torch.long, device=run.device)           # top-1, top-5, images
+    run.net.eval()
+    for t in run.net.buffers() if world() > 1 else ():    # moments of BatchNorm: those saved
+        dist.broadcast(t, 0)
+    chunks = mine.split(run.config.batch_size)
+    for images, labels, _ in data.test.batches(chunks, run.device, run.config.workers):
+        scores = [call(run.net, run.config, normalised(x, data))[0]
+                  for x in views(images, data.side, multi_crop, mirror)]
+        scores = sum(s.softmax(1) if run.net.logits else s for s in scores)
+        right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
+    if world() > 1:
+        dist.all_reduce(hits)
+    return hits
+
+
+def evaluate(run, multi_crop=False):
+    """Errors in % -> {"error": top-1, "top5_error":, "images": their number}"""
+    top1, top5, n = count_hits(run, multi_crop).tolist()
+    return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n}
+
+
+@torch.no_grad()
+def agreement(net, x, labels, bins=20):
+    """Cosine of the true class's capsule v_j and its votes, in the last routed layer.   [Fig. 2]
+
+    -> {"percent": of the votes in each of `bins` bins over [-1, 1], "length": their mean length}
+    """
+    seen = []
+    hook = net.routed[-1].register_forward_hook(
+        lambda layer, given, out: seen.append((given[0], out)))
+    net.eval()(x)
+    hook.remove()
+    u, v = seen[0][0], seen[0][1] if isinstance(seen[0][1], Tensor) else seen[0][1][0]
+    b = torch.arange(len(x), device=x.device)
+    votes = net.routed[-1].votes(u)[b, :, labels]                        # (B, i, d)
+    cosine = F.cosine_similarity(                         # a fresh v is shorter than 1e-8
+        votes, v[b, labels].unsqueeze(1), dim=-1, eps=1e-30)             # (B, i)
+    place = ((cosine + 1) / 2 * bins).long().clamp(0, bins - 1).flatten().cpu()
+    number = torch.bincount(place, minlength=bins).double()
+    length = torch.bincount(place, votes.norm(dim=-1).flatten().double().cpu(), minlength=bins)
+    return {"percent": (100 * number / number.sum()).tolist(),
+            "length": (length / number.clamp(min=1)).tolist()}
+
+
+def tested(run, index):
+    """Test images (n, C, H, W) in [0, 1] as the network sees them, and labels, of these places."""
+    images, labels, _ = next(run.data.test.batches([index.to(run.device)], run.device))
+    return next(views(images, run.data.side, False, False)), labels
+
+
+def first(run, n):
+    return tested(run, torch.arange(min(n, len(run.data.test))))
+
+
+@torch.no_grad()
+def told_apart(run):
+    """[FeedbackUnit.told_apart of every unit] on the first 200 test images, in eval."""
+    if not getattr(run.net, "feedback", 0):
+        return []
+    x = normalised(first(run, 200)[0], run.data)
+    _, pairs = run.net.eval().walk(run.net.stem(x))
+    return [unit.told_apart(low).item()
+            for unit, (low, _) in zip(run.net.units, pairs, strict=True)]
+
+
+@torch.no_grad()
+def sample(run, n):
+    """n test images in [0, 1], spread over all of them, the network's answers, the labels."""
+    x, labels = tested(run, torch.linspace(0, len(run.data.test) - 1,
+                                           min(n, len(run.data.test))).long())
+    answers = call(run.net.eval(), run.config, normalised(x, run.data))[0].argmax(1)
+    return x.cpu(), answers.tolist(), labels.tolist()

@@ -1,0 +1,75 @@
+"""Use a trained network: test it again, name images, or load it in another program."""
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from lab.checkpoint import load_checkpoint, load_weights
+from lab.config import Config, merge
+from lab.data import grey, load_data
+from lab.fit import Run, make_model, start
+from lab.folders import SUFFIXES, decode
+from lab.measure import evaluate
+from lab.runtime import Problem, count, reason, say
+
+
+def trained(given):
+    """The run of --resume, for looking at -> config, checkpoint, network in eval mode, device."""
+    state = load_checkpoint(given["resume"])
+    config = Config(**merge(state["config"], given))
+    device = start(config)
+    channels = len(state["data"]["mean"])
+    net = make_model(config, len(state["data"]["classes"]), channels)
+    load_weights(net, state, given["resume"])
+    return config, state, net.to(device).eval(), device
+
+
+def test_only(given):
+    """Test error of a trained network, on its own data or, with --data-path, on other like it."""
+    config, state, net, device = trained(given)
+    data = load_data(config, device)
+    if data.classes != state["data"]["classes"]:
+        raise Problem(f"{data.name} has other classes than the data the network was trained on")
+    data = dataclasses.replace(data, mean=state["data"]["mean"].to(device),
+                               std=state["data"]["std"].to(device))
+    run = Run(config, data, device, net, net, None, {})
+    test = evaluate(run, config.augment != "none")
+    top5 = f"top-5 {test['top5_error']:.2f} %, " * (len(data.classes) > 5)
+    say(f"{data.name}, {config.model} after epoch {state['epoch']}: test error "
+        f"{test['error']:.2f} %, {top5}{count(test['images'], 'image')}")
+
+
+def load(run, **given):
+    """A trained network, to use in another program -> net in eval mode, class names, transform.
+
+    run: its folder or checkpoint;  given: fields of Config to change, such as device="cuda"
+    transform(image file, its path or open) -> (1, C, H, W), as the network was trained on
+    """
+    config, state, net, device = trained({"resume": str(run), **given})
+    mean, std = (state["data"][name].view(-1, 1, 1) for name in ("mean", "std"))
+
+    def transform(file):
+        x = decode(file, config.image_size)[None] / 255
+        return (((grey(x) if len(mean) == 1 else x) - mean) / std).to(device)
+    return net, state["data"]["classes"], transform
+
+
+@torch.no_grad()
+def predict(paths, given):
+    """A line an image, or an image of a folder: its classes, the longest (likeliest) first."""
+    net, classes, transform = load(given.pop("resume"), **given)
+    files = [file for path in map(Path, paths) for file in (sorted(
+        f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path])]
+    bad = 0
+    for file in files:
+        try:
+            scores = net(transform(file))[0][0]
+        except Exception as error:                                       # PIL raises all kinds
+            print(f"{file}: cannot read it ({reason(error)})")
+            bad += 1
+            continue
+        values, order = (scores.softmax(0) if net.logits else scores).sort(descending=True)
+        print(f"{file}:", ", ".join(f"{classes[k]} {value:.3f}" for k, value in zip(
+            order[:10].tolist(), values.tolist(), strict=False)))
+    if bad or not files:
+        raise Problem(f"{bad} of {len(files)} images cannot be read: {', '.join(paths)[:200]}", 1)
