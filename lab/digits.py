@@ -65,10 +65,10 @@ def pose_glyphs(glyphs, poses, size=32):
     return F.grid_sample(glyphs.unsqueeze(1), grid, align_corners=False).squeeze(1)
 
 
-def draw_chunk(glyphs, widths, generator, overlap):
-    """CHUNK images; layers l are (left, right, digit), or with overlap (lower digit, upper digit).
+def draw_chunk(glyphs, widths, generator):
+    """CHUNK digits, each the last of three glyphs: two neighbours, which differ from it, and it.
 
-    -> images (b, 3, 32, 32) uint8, digits (b, l), poses (b, l, 5)
+    -> images (b, 3, 32, 32) uint8, labels (b,), poses (b, 5)
     """
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(CHUNK, *shape, generator=generator)
@@ -76,54 +76,47 @@ def draw_chunk(glyphs, widths, generator, overlap):
     def choose(low, high, *shape):
         return torch.randint(low, high, (CHUNK, *shape), generator=generator)
 
-    layers = 2 if overlap else 3
     label = torch.randperm(CHUNK, generator=generator).unsqueeze(1) % 10      # (b, 1), balanced
-    digits = torch.cat([(label + choose(1, 10, layers - 1)) % 10, label], 1)  # neighbours differ
+    digits = torch.cat([(label + choose(1, 10, 2)) % 10, label], 1)           # (b, 3)
     font = choose(0, len(glyphs), 1)
-    poses = torch.stack([uniform(*limits, layers) for limits in POSE.values()], 2)
-    tint = uniform(-.15, .15, 1 + layers, 3)                                  # ground first
-    if overlap:
-        poses[..., 0] += (2 * choose(0, 2, 1) - 1) * torch.tensor([-4, 4])
-    else:  # neighbours share pose and ink, stand further along the line, and miss a time in three
-        poses, tint[:, 1:] = poses[:, 2:].repeat(1, 3, 1), tint[:, 3:]
-        width, height = widths[font, digits], 20 * 2 ** poses[:, :2, 3]       # (b, l), (b, 2)
-        step = height * ((width[:, :2] + width[:, 2:]) / 2 + uniform(.08, .3, 2))
-        step = torch.where(uniform(0, 1, 2) < 2 / 3, step.clamp(min=10), 99) * torch.tensor([-1, 1])
-        poses[:, :2, 0] += step * poses[:, :2, 2].deg2rad().cos()
-        poses[:, :2, 1] -= step * poses[:, :2, 2].deg2rad().sin()
-    ink = pose_glyphs(glyphs[font, digits].flatten(0, 1), poses.flatten(0, 1))
-    ink = ink.view(CHUNK, layers, 1, 32, 32)
-
+    # Three are drawn and one is used: neighbours share the digit's pose and ink.
+    pose = torch.stack([uniform(*limits, 3) for limits in POSE.values()], 2)[:, 2]     # (b, 5)
+    tint = uniform(-.15, .15, 4, 3)[:, [0, 3]]                                # of ground and ink
+    # They stand further along the line, and each is missing a time in three.
+    width, height = widths[font, digits], 20 * 2 ** pose[:, 3:4]              # (b, 3), (b, 1)
+    step = height * ((width[:, :2] + width[:, 2:]) / 2 + uniform(.08, .3, 2))
+    step = torch.where(uniform(0, 1, 2) < 2 / 3, step.clamp(min=10), 99) * torch.tensor([-1, 1])
+    poses, turn = pose.unsqueeze(1).repeat(1, 3, 1), pose[:, 2:3].deg2rad()   # (b, 3, 5), (b, 1)
+    poses[:, :2, 0] += step * turn.cos()
+    poses[:, :2, 1] -= step * turn.sin()
+    masks = pose_glyphs(glyphs[font, digits].flatten(0, 1), poses.flatten(0, 1))
     # Two grey levels at least .3 apart, either of them the ink, both tinted.
     contrast = uniform(.3, .7, 1)
     middle = contrast / 2 + uniform(0, 1, 1) * (1 - contrast)
-    side = (2 * choose(0, 2, 1) - 1) * torch.tensor([-.5] + layers * [.5])    # (b, 1 + l)
+    side = (2 * choose(0, 2, 1) - 1) * torch.tensor([-.5, .5])                # (b, 2)
     colour = (middle + contrast * side).unsqueeze(2) + tint - tint.mean(2, keepdim=True)
+    ground, ink = colour[..., None, None].unbind(1)                           # (b, 3, 1, 1)
     # Ground with a gradient and blotches, ink over it, then a camera's blur and noise.
     ramp = torch.cartesian_prod(*2 * [torch.linspace(-1, 1, 32)]).T           # (2, 32 * 32)
-    image = (uniform(-.1, .1, 1, 2) @ ramp).view(CHUNK, 1, 32, 32) + colour[:, 0, :, None, None]
+    image = (uniform(-.1, .1, 1, 2) @ ramp).view(CHUNK, 1, 32, 32) + ground
     image = image + F.interpolate(uniform(-.08, .08, 3, 5, 5), size=(32, 32), mode="bilinear")
-    for k in range(layers):
-        image = image.lerp(colour[:, 1 + k, :, None, None], ink[:, k])
+    for mask in masks.view(CHUNK, 3, 1, 32, 32).unbind(1):
+        image = image.lerp(ink, mask)
     blurred = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
     image = image.lerp(blurred, uniform(0, 1, 1, 1, 1))
     image += uniform(.01, .06, 1, 1, 1) * torch.randn(image.shape, generator=generator)
-    return (image.clamp(0, 1) * 255).round().byte(), digits, poses
+    return (image.clamp(0, 1) * 255).round().byte(), label.squeeze(1), pose
 
 
-def draw_digits(n, train=True, seed=0, overlap=False):
+def draw_digits(n, train=True, seed=0):
     """n images of printed digits; the test split is in typefaces that training never shows.
 
     -> images (n, 3, 32, 32) uint8, labels (n,), poses (n, 5) with the columns of POSE
-    overlap=True: two different digits, one over the other, and no neighbours;
-    labels (n, 2) and poses (n, 2, 5), the upper one first.
     """
     split, chunks = "train" if train else "test", []
     glyphs, widths = rasterise(TYPEFACES[split])
     for c in range(0, max(n, 1), CHUNK):
-        mixed = random.Random(f"{split} {seed} {overlap} {c}").getrandbits(32)
-        chunks.append(draw_chunk(glyphs, widths, torch.Generator().manual_seed(mixed), overlap))
-    images, digits, poses = (torch.cat(part)[:n] for part in zip(*chunks, strict=True))
-    if overlap:
-        return images, digits.flip(1), poses.flip(1)
-    return images, digits[:, -1], poses[:, -1]
+        # False, once an option, stays in the name: another would draw other images.
+        mixed = random.Random(f"{split} {seed} False {c}").getrandbits(32)
+        chunks.append(draw_chunk(glyphs, widths, torch.Generator().manual_seed(mixed)))
+    return tuple(torch.cat(part)[:n] for part in zip(*chunks, strict=True))

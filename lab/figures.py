@@ -1,6 +1,6 @@
-"""Drawing: a canvas, a file, the picture of a run, Figures 2 and 4."""
+"""Drawing: a canvas, names in any script, a file, the picture of a run, Figures 2 and 4."""
+import functools
 import io
-import itertools
 import math
 import statistics
 
@@ -10,6 +10,10 @@ from lab.runtime import say, write_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")    # Okabe and Ito's, colour-blind safe
 PALETTE = (*COLOURS, "#E69F00", "#56B4E9", "#000000")      # the rest of them
+TYPEFACES = (              # of text: of those installed, the first that has a character draws it
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei",     # Linux
+    "Microsoft YaHei", "Malgun Gothic", "Nirmala UI", "Segoe UI Symbol",            # Windows
+    "Arial Unicode MS", "Hiragino Sans GB", "Noto Emoji")                           # macOS; any
 
 
 def canvas(rows, columns, width=10, height=3.2):
@@ -19,12 +23,55 @@ def canvas(rows, columns, width=10, height=3.2):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+@functools.cache
+def typefaces():
+    """The families of TYPEFACES that are installed, and the characters they have between them."""
+    from matplotlib.font_manager import findfont, fontManager, get_font
+    families = [name for name in TYPEFACES if name in fontManager.get_font_names()]
+    return families, set().union(*(get_font(findfont(name)).get_charmap() for name in families))
+
+
+@functools.cache
+def legible(name, width=math.inf, size=10):
+    """A user's words as save_figure can draw them: no formula, no character without a glyph.
+
+    width: in points, of a text of this size; what is longer ends in an ellipsis
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+    families, known = typefaces()
+    font = FontProperties(family=families, size=size)
+    parts = [c if ord(c) in known else c.encode("unicode_escape").decode() for c in name]
+    parts = [r"\$" if part == "$" else part for part in parts]           # $ begins a formula
+    shown = "".join(parts)
+    while parts and TextPath((0, 0), shown, prop=font).get_extents().width > width:
+        parts.pop()
+        shown = "".join(parts) + "…"
+    return shown
+
+
 def save_figure(figure, path):
+    from matplotlib.text import Text
+    for text in figure.findobj(Text):
+        text.set_family(typefaces()[0])
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, buffer.getvalue())
     say(f"wrote {path}")
+
+
+def whole_epochs(axis):
+    """Ticks of an axis of epochs: whole numbers, and one tick where there is one epoch."""
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def show_image(axis, image, caption=""):
+    """An image (C, H, W) in [0, 1], and what is said about it below it."""
+    axis.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).clamp(0, 1).cpu().numpy())
+    axis.set(xticks=(), yticks=(), frame_on=False)
+    axis.set_xlabel(caption, fontsize=8)
 
 
 def draw_run(history, images, answers, labels, classes, path):
@@ -42,20 +89,19 @@ def draw_run(history, images, answers, labels, classes, path):
         for name, colour in zip(names, COLOURS, strict=False):
             axis.plot(epochs, [e[name] for e in history], ".-", color=colour,
                       label=name.replace("_", " "))
-        axis.set(xlabel="epoch", ylabel=unit)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylabel(unit)
+        whole_epochs(axis)
         axis.legend()
         axis.grid(alpha=0.3)
-    pictures = images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
-    axes = bottom.subplots(3, 8).flat
-    for axis, picture, answer, label in itertools.zip_longest(axes, pictures, answers, labels):
+    axes = bottom.subplots(3, 8).ravel()
+    for axis in axes[len(images):]:
         axis.set_axis_off()
-        if picture is not None:
-            wrong = answer != label
-            axis.imshow(picture)
-            truth = f", is {classes[label]}" if wrong else ""
-            axis.set_title(classes[answer] + truth, fontsize=8,
-                           color=COLOURS[1] if wrong else "black")
+    for axis, image, answer, label in zip(axes, images, answers, labels, strict=False):
+        caption = legible(classes[answer], 80, 8)
+        if answer != label:
+            caption += f"\nis {legible(classes[label], 70, 8)}"
+        show_image(axis, image, caption)
+        axis.xaxis.label.set_color("black" if answer == label else COLOURS[1])
     save_figure(figure, path)
 
 
@@ -76,7 +122,7 @@ def draw_figure2(lines, title, path):
     """Rows: routings; columns: moments.  Grey: % of votes, blue: their mean length.   [Fig. 2]"""
     lines = {name: found[0]["moments"] for name, found in lines.items()}
     figure, axes = canvas(len(lines), max(map(len, lines.values())), height=2.6)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(legible(title), fontsize=10)
     for row, (name, moments) in zip(axes, lines.items(), strict=True):
         for axis, moment in zip(row, moments, strict=False):
             draw_agreement(axis, moment).tick_params(labelsize=7, labelcolor=COLOURS[0])
@@ -91,14 +137,14 @@ def draw_figure2(lines, title, path):
 def draw_figure4(lines, title, path):
     """Training loss without and with divergence; a panel a network, as losses differ.   [Fig. 4]"""
     figure, axes = canvas(1, 2)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(legible(title), fontsize=10)
     for name, found in lines.items():
         axis = axes[0, int(name.startswith("ResNet"))]
         loss = torch.tensor([r["curves"]["loss"] for r in found]).mean(0).tolist()
         axis.plot(range(1, len(loss) + 1), loss, "-" if "OT" in name else "--",
                   color=COLOURS["OT" in name], label=name)
-        axis.set(xlabel="epoch", ylabel="classification loss")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylabel("classification loss")
+        whole_epochs(axis)
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, path)
@@ -113,10 +159,10 @@ def interval(values):
     return statistics.mean(values), t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 
-def draw_series(axis, series, **labels):
-    """Lines with intervals.   series: {label: {x: [values]}}"""
+def draw_series(axis, series, bars=interval, **labels):
+    """Lines with bars.   series: {label: {x: [values]}};  bars: values -> middle, half a bar"""
     for k, (label, points) in enumerate(series.items()):
-        middles, halves = zip(*map(interval, points.values()), strict=True)
+        middles, halves = zip(*map(bars, points.values()), strict=True)
         axis.errorbar(list(points), middles, halves, marker="osD^vPX"[k % 7], ms=4, capsize=2,
                       color=PALETTE[k % 7], label=label)
     axis.set(**labels)
