@@ -22,9 +22,10 @@ from lab.checkpoint import run_folder
 from lab.config import Config, Parser, identity, number
 from lab.data import Data, fit_side, load_data, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import call, classification_loss, environment, sample, trained
+from lab.fit import call, classification_loss, environment, sample
 from lab.runtime import Problem, guarded, say, write_file
 from lab.tables import markdown
+from lab.use import trained
 
 
 class Trained(NamedTuple):

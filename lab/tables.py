@@ -17,7 +17,18 @@ from lab.config import Config, config_key, data_name, has_logits, identity, make
 from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
 from lab.fit import clock, environment, fit, make_model, record
 from lab.paper import CIFAR10, FIGURES, TABLE2, TABLES, use
-from lab.runtime import PUBLISHED, README, RUNS, Diverged, Problem, pick_device, rank, reason, say
+from lab.runtime import (
+    PUBLISHED,
+    README,
+    RUNS,
+    Diverged,
+    Problem,
+    count,
+    pick_device,
+    rank,
+    reason,
+    say,
+)
 
 # ------------------------------------------------------------------------------------------------
 # What has been run, and what a cell asks for
@@ -107,10 +118,8 @@ def obtain(config, runs):
     """
     key = config_key(config)
     folder = RUNS / f"{data_name(config)}-{config.model}-{key}-{config.seed}"
-    resume = str(folder) if (folder / "last.pt").exists() else None
-    config = dataclasses.replace(config, output_dir=str(folder), resume=resume)
     try:
-        runs[key, config.seed] = fit(config)
+        runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=str(folder)))
     except Diverged as failure:
         runs[key, config.seed] = line = {
             "data": data_name(config), "model": config.model, "key": key, "seed": config.seed,
@@ -213,11 +222,6 @@ def show_study(name, given, runs, target):
 # ------------------------------------------------------------------------------------------------
 # Rendering
 # ------------------------------------------------------------------------------------------------
-
-
-def count(n, noun):
-    """1 run, 2 runs."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def markdown(header, rows):
