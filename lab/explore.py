@@ -444,7 +444,7 @@ def command(words):
 
 def main(arguments=None):
     """-> exit code: 0, 2 for bad input, 1 for a failure."""
-    return guarded("explore", command, arguments)
+    return guarded("lab.explore", command, arguments)
 
 
 if __name__ == "__main__":

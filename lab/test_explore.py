@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import encapnet
 import train
 from conftest import HERE
-from lab import digits, explore, figures, fit
+from lab import digits, explore, figures, fit, why
 from lab.runtime import Problem
 
 SMALL = "encapnet-small --set types=2 --set dims=(1,1,2,2) --set feedback=2"
@@ -361,7 +361,20 @@ def test_bad_input_is_one_line(arguments, words, runs, capsys):
     given = [str(runs["cnn"]) if word == "RUN" else word for word in arguments.split()]
     assert explore.main(given) == 2
     err = capsys.readouterr().err
-    assert words in err and err.startswith("explore: ") and err.count("\n") == 1, err
+    assert words in err and err.startswith("lab.explore: ") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("room, words", [(explore, ""), (explore, "explain"),
+                                         (explore, "robustness"), (why, "")])
+def test_help_says_how_it_is_called_and_what_each_argument_does(room, words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    with pytest.raises(SystemExit) as end:
+        room.main([*words.split(), "--help"])
+    out = re.sub(r"(?m)^( +\w+)\n {9,}", r"\1  ", capsys.readouterr().out)    # a long name's text
+    assert end.value.code == 0 and out.startswith(f"usage: python -m {room.__name__} {words}")
+    assert len(out.splitlines()[2]) > 30                               # what it is for
+    named = re.findall(r"(?m)^ {2,4}([-{]\S.*|RUN.*|explain.*|robustness.*)", out)
+    assert len(named) >= 3 and all(re.search(r"\S  +\S", line) for line in named), named
 
 
 @pytest.mark.parametrize("name, answer", [("FeedbackUnit", "loss"),

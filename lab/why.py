@@ -147,12 +147,17 @@ def burst(data_path, steps=400):
 
 
 def command(words):
-    parser = Parser("lab.why", description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=("em", "burst"))
-    parser.add_argument("--steps", type=number(1), default=400, help="of burst (default: 400)")
-    parser.add_argument("--data-path", default="data", metavar="DIR", help="with MNIST, for em")
+    parser = Parser("python -m lab.why", description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=("em", "burst"),
+                        help="routing by EM, with and without standardised log densities; or the "
+                             "first steps of training with the feedback unit, lambda = 10")
+    parser.add_argument("--steps", type=number(1), default=400, metavar="N",
+                        help="of training, for burst (default: 400)")
+    parser.add_argument("--data-path", default="data", metavar="DIR",
+                        help="folder with MNIST, for em (default: data)")
     parser.add_argument("--output-dir", type=Path, default=RUNS, metavar="DIR",
-                        help="of the figure and its numbers (default: runs)")
+                        help="where to write why-NAME.png and why-NAME.json (default: runs)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(words)
     figure, found = em(given.data_path) if given.name == "em" else burst(given.data_path,
                                                                          given.steps)
