@@ -379,8 +379,8 @@ def test_help_says_how_it_is_called_and_what_each_argument_does(room, words, cap
 
 @pytest.mark.parametrize("name, answer", [("FeedbackUnit", "loss"),
                                           ("sinkhorn_divergence", "divergence")])
-def test_examples_of_the_readme_run(name, answer, tmp_path, monkeypatch):
-    text = (HERE / "README.md").read_text()
+def test_programs_of_the_exercises_run(name, answer, tmp_path, monkeypatch):
+    text = (HERE / "EXERCISES.md").read_text()
     examples = [code for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
                 if f"import {name}" in code]
     assert len(examples) == 1
