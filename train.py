@@ -24,6 +24,7 @@ each process's BatchNorm sees its own part, so that two do not train exactly as 
 """
 import argparse
 import dataclasses
+import re
 import sys
 
 import encapnet
@@ -63,8 +64,8 @@ def make_parser():
     commands.add_argument("--table", type=name_of, choices=[1, 2, *list(TABLES)[1:]],
                           help="run a table of the paper, or a study of ours")
     commands.add_argument("--row", nargs="+", metavar="TEXT",
-                          help="with --table: run only rows with this in their name; others print "
-                          "as known")
+                          help="with --table: run and print only rows with this in their "
+                               "name")
     commands.add_argument("--seeds", type=number(1), metavar="K",
                           help="with --table, --figure: runs of each row (default: 1)")
     commands.add_argument("--figure", type=name_of, choices=list(FIGURES),
@@ -156,7 +157,7 @@ def show_list():
     print("tables and figures:")
     for k in (1, 2, *list(TABLES)[1:]):
         titles = [part.title for part in TABLES[k]] if k in TABLES else ["architectures"]
-        print(f"  --table {k:<9}", "; ".join(title.partition(";")[0] for title in titles))
+        print(f"  --table {k:<9}", "; ".join(re.split("[;:]", title)[0] for title in titles))
     for k, (title, _) in FIGURES.items():
         print(f"  --figure {k:<8}", title)
 
