@@ -255,6 +255,8 @@ def test_an_image_that_is_wrong_on_the_way_is_fooled(monkeypatch):
     assert not explore.attack(*arguments, 0.1, 1, 1, torch.Generator()).any()      # steps over
     monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.full(shape, 0.5))
     assert explore.attack(*arguments, 0.1, 10, 1, torch.Generator()).all()
+    x.fill_(0.53)                                                      # wrong, but not later
+    assert explore.attack(*arguments, 0.1, 1, 1, torch.Generator()).all()
 
 
 def test_unsquashed_undoes_squash_where_its_gradient_vanishes():
