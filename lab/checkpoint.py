@@ -116,21 +116,33 @@ def load_checkpoint(path):
         return read_checkpoint(before)
 
 
-def check_same(config, state, folder):
-    """Refuse to resume a checkpoint of another configuration, and name the fields.
+def differences(config, then):
+    """How a configuration differs from that of a run, {field: value}, in what it trains.
 
-    Not where the data lie, nor the file of their classes: what they are is compared in restore.
+    Not where the data lie, nor the file of their classes: the images themselves are compared.
     """
     ours, theirs = ({**identity(c), "dataset": c.dataset, "class_list": ""}
-                    for c in (config, Config(**state["config"])))
-    changed = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
-               if ours[name] != theirs[name]]
+                    for c in (config, Config(**then)))
+    return [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
+            if ours[name] != theirs[name]]
+
+
+def check_same(config, data, state, folder):
+    """Refuse to resume a checkpoint of another configuration or of other images."""
+    changed = differences(config, state["config"])
     then, now = state["config"]["epochs"], config.epochs
     if now < state["epoch"] or (now != then and config.schedule == "one-cycle"):
         changed.append(f"epochs {then!r} -> {now!r}")
     if changed:
-        raise Problem(f"{folder} was trained otherwise ({'; '.join(changed)}); only --epochs may "
-                      "grow, with --schedule steps; for another run choose another --output-dir")
+        raise Problem(f"{folder} was trained otherwise ({'; '.join(changed)}); for another run "
+                      "choose another --output-dir; for more epochs, with --schedule steps, "
+                      f"--resume {folder} --epochs N")
+    then = state["data"]
+    if (then["classes"], then.get("source", data.source)) != (data.classes, data.source):
+        raise Problem(                                                   # no source in old ones
+            f"{folder} was trained on other images than {config.data_path} has now (their "
+            "classes, number, names or sizes differ): give --data-path where they are, or start a "
+            f"new run from its weights with --init {folder}")
 
 
 def load_weights(net, state, path, keep=()):
@@ -146,13 +158,6 @@ def load_weights(net, state, path, keep=()):
 
 def restore(run, state):
     """Bring a fresh run to where a checkpoint of the same configuration left off."""
-    then = state["data"]
-    was = then["classes"], then.get("source", run.data.source)           # none in old checkpoints
-    if was != (run.data.classes, run.data.source):
-        raise Problem(
-            f"{run.folder} was trained on other images than {run.config.data_path} has now (their "
-            "classes, number, names or sizes differ): give --data-path where they are, or start a "
-            f"new run from its weights with --init {run.folder}")
     load_weights(run.net, state, run.folder)
     run.optimizer.load_state_dict(state["optimizer"])
     for name in SAVED:
@@ -164,21 +169,24 @@ def restore(run, state):
         torch.cuda.set_rng_state(state["cuda_rng"], run.device)
 
 
-def write_log(run, *more):
+def write_log(run):
     """log.jsonl anew, header and an entry an epoch: replaced whole, so readable after any kill."""
     if rank() == 0:
-        lines = [run.header, *run.history, *more]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in [run.header, *run.history])
         write_file(run.folder / "log.jsonl", text.encode())
 
 
-def newest(finished=False):
-    """The run in runs/ that was saved last, an unfinished one unless finished ones will do."""
-    found = [file for file in RUNS.glob("*/last.pt")
-             if finished or not (file.parent / "result.json").exists()]
+def newest(finished=False, like=None):
+    """The run in runs/ that was saved last, an unfinished one unless finished ones will do.
+
+    like: a configuration that it must have
+    """
+    found = [folder for folder in RUNS.glob("*") if begun(folder)
+             and (finished or not (folder / "result.json").exists())
+             and not (like and differences(like, load_checkpoint(folder)["config"]))]
     if not found:
         return None
-    folder = max(found, key=lambda file: file.stat().st_mtime).parent
+    folder = max(found, key=lambda folder: folder.stat().st_mtime)
     say(f"newest run: {folder}")
     return str(folder)
 

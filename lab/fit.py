@@ -281,7 +281,13 @@ def environment(device):
     return {"device": name, "processes": world(), "torch": str(torch.__version__),
             "python": platform.python_version(),
             "commit": git.stdout.strip() or None,
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
+            "command": shlex.join(["python", *program(), *sys.argv[1:]])}
+
+
+def program():
+    """train.py, or -m lab.ROOM."""
+    file = Path(sys.argv[0])
+    return ["-m", f"lab.{file.stem}"] if file.parent.name == "lab" else [file.name]
 
 
 def build_run(config, data, device):
@@ -411,18 +417,20 @@ def fit(config):
     The same output_dir goes on; so does the newest unfinished run where torchrun starts us again.
     """
     device = start(config)
-    folder = config.resume or config.output_dir or (restarts() and shared(newest()))
-    folder = run_folder(folder) if folder else None
-    state = load_checkpoint(folder) if config.resume or folder and begun(folder) else None
-    if state:
-        check_same(config, state, folder)
-        result = folder / "result.json"
-        if state["epoch"] == config.epochs and result.exists():
-            say(f"{folder} is already finished")
-            return json.loads(result.read_text())
-    run = build_run(config, load_data(config, device), device)
-    run.folder = folder or shared(numbered_folder(config) if rank() == 0 else None)
-    with locked(run.folder), caught_signals() as run.signals:
+    folder = config.resume or config.output_dir or (restarts() and shared(newest(like=config)))
+    data = load_data(config, device)
+    folder = run_folder(folder) if folder else \
+        shared(numbered_folder(config) if rank() == 0 else None)
+    with locked(folder), caught_signals() as signals:
+        state = load_checkpoint(folder) if config.resume or begun(folder) else None
+        if state:
+            check_same(config, data, state, folder)
+            result = folder / "result.json"
+            if state["epoch"] == config.epochs and result.exists():
+                say(f"{folder} is already finished")
+                return json.loads(result.read_text())
+        run = build_run(config, data, device)
+        run.folder, run.signals = folder, signals
         begin(run, state)
         introduce(run)
         while run.epoch < config.epochs:

@@ -39,8 +39,8 @@ from conftest import (
     state_of,
     two_processes,
 )
-from lab.checkpoint import due, load_checkpoint
-from lab.config import make_config
+from lab.checkpoint import due, load_checkpoint, newest
+from lab.config import Config, make_config
 from lab.runtime import Problem
 
 # ------------------------------------------------------------------------------------------------
@@ -257,7 +257,8 @@ def test_another_configuration_is_refused_and_named(half, place):
                          ("--dataset digits", "dataset"), ("--epochs 0", "epochs")):
         assert_one_line(run(place, "--resume run", words).last(), field, "trained otherwise")
     assert_one_line(run(place, "--resume run --model encapnet6").last(), "model")
-    assert_one_line(run(place, EXACT, "--lr 0.1").last(), "lr", "another --output-dir")
+    assert_one_line(run(place, EXACT, "--lr 0.1").last(), "lr", "another --output-dir",
+                    "--resume run --epochs N")
 
 
 def test_the_same_output_dir_goes_on(half, reference, place):
@@ -315,6 +316,35 @@ def test_other_images_are_refused_with_the_way_out(change, half, place):
     done = run(place, "--resume run --data-path elsewhere").last()
     assert_one_line(done, "other images", "--data-path", "--init run")
     assert {p: p.read_bytes() for p in half.iterdir() if p.suffix == ".pt"} == before
+
+
+def test_a_finished_run_does_not_answer_for_other_images(reference, place):
+    run_of_others = Path(shutil.copytree(reference, place / "run"))
+    (moved(place) / "test/ant/0.png").unlink()
+    assert_one_line(run(place, EXACT, "--data-path elsewhere").last(), "other images", "--init run")
+    assert (run_of_others / "result.json").exists()
+
+
+def test_the_newest_run_is_the_last_saved_that_fits(half, place, monkeypatch):
+    """Also one killed between two renames, which has only the checkpoint before."""
+    monkeypatch.chdir(place)
+    runs = Path("runs")
+    for k, name in enumerate(("old", "new", "stranger")):
+        shutil.copytree(half, runs / name)
+        os.utime(runs / name, (1000 * k, 1000 * k))
+    (runs / "new/last.pt").unlink()
+    os.utime(runs / "new", (1500, 1500))
+    state = torch.load(half / "last.pt", weights_only=True)
+    state["config"]["lr"] = 0.5
+    for name in ("last.pt", "previous.pt"):
+        torch.save(state, runs / "stranger" / name)
+    os.utime(runs / "stranger", (2000, 2000))
+    config = Config(**load_checkpoint(half)["config"])
+    assert newest() == "runs/stranger" and newest(like=config) == "runs/new"
+    (runs / "new/result.json").write_text("{}")
+    assert newest(like=config) == "runs/old"
+    os.utime(runs / "new", (1500, 1500))
+    assert newest(finished=True, like=config) == "runs/new"
 
 
 def test_epochs_may_grow_with_the_run_as_if_planned(reference, place):

@@ -817,3 +817,11 @@ def test_every_model_learns(model, keywords, fields, limit, monkeypatch, tmp_pat
                          output_dir="run", **fields)
     config.channels_last = False
     assert fit.fit(config)["error"] < limit
+
+
+@pytest.mark.parametrize("file, words", [
+    ("/a b/train.py", "python train.py --epochs 2"),
+    ("/a b/lab/why.py", "python -m lab.why --epochs 2")])
+def test_the_command_of_a_result_can_be_typed_in_the_root(file, words, monkeypatch):
+    monkeypatch.setattr("sys.argv", [file, "--epochs", "2"])
+    assert fit.environment(torch.device("cpu"))["command"] == words
