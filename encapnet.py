@@ -728,8 +728,9 @@ def total_feedback(units, images):
 # ------------------------------------------------------------------------------------------------
 # The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval and without a unit).
 #
-# EncapNet is convolution, four modules of capConv, capFC; the six-layer networks of Table 1 share
-# their first four convolutions; CNN and ResNet are what they are compared with.
+# Each is a stem, modules if it has any, and scores.  EncapNet is convolution, four modules of
+# capConv, capFC; the six-layer networks of Table 1 share their first four convolutions; CNN and
+# ResNet are what they are compared with.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -742,15 +743,10 @@ def capsules(image, types):
     return image.unflatten(1, (types, -1)).flatten(3).transpose(2, 3)
 
 
-def lengths(v):
-    """Class scores: the lengths of class capsules, (B, K, d) -> (B, K)."""
-    return torch.linalg.vector_norm(v, dim=-1)
-
-
 class Network(nn.Module):
-    """What all networks share.   logits: whether scores are logits or lengths
+    """What all networks share; each adds its stem, image -> image, and scores, image -> (B, K).
 
-    sizes: further integers that must be positive
+    sizes: further integers that must be positive;  logits: whether scores are logits or lengths
     """
 
     logits = False
@@ -760,15 +756,12 @@ class Network(nn.Module):
         check_positive(num_classes=num_classes, in_channels=in_channels, image_size=image_size,
                        **sizes)
         self.image = {"C": in_channels, "H": image_size, "W": image_size}
-
-    def check(self, x):
-        check_shape("x", x, "B C H W", **self.image)
-        return x
+        self.blocks, self.units, self.feedback = (), (), 0
 
     def add_units(self, feedback, channels, strides, **unit):
         """One unit a module, output -> input, or two, also output -> type II input."""
         check_choice("feedback", feedback, (0, 1, 2))
-        self.feedback, self.units = feedback, nn.ModuleList()
+        self.units, self.feedback = nn.ModuleList(), feedback
         for low, high, stride in zip(channels[:-1], channels[1:], strides, strict=True):
             if feedback:
                 self.units.append(FeedbackUnit(low, high, stride=stride, **unit))
@@ -787,12 +780,13 @@ class Network(nn.Module):
             u = v
         return u, images
 
-    def run_modules(self, u):
-        """Image u through all modules -> last image, sum of the feedback divergences."""
-        u, images = self.walk(u)
+    def forward(self, x):
+        check_shape("x", x, "B C H W", **self.image)
+        u, images = self.walk(self.stem(x))
+        feedback = u.new_zeros(())
         if self.training and self.feedback:
-            return u, total_feedback(self.units, images)
-        return u, u.new_zeros(())
+            feedback = total_feedback(self.units, images)
+        return self.scores(u), feedback
 
 
 class EncapModule(nn.Module):
@@ -849,9 +843,8 @@ class EncapNet(Network):
         side = math.ceil(image_size / (stem_stride * math.prod(strides)))
         self.classes = CapFC(types * side ** 2, dims[-1], num_classes)
 
-    def forward(self, x):
-        u, feedback = self.run_modules(self.stem(self.check(x)))
-        return lengths(self.classes(capsules(u, self.types).flatten(1, 2))), feedback
+    def scores(self, u):
+        return self.classes(capsules(u, self.types).flatten(1, 2)).norm(dim=-1)
 
 
 def six_layer_stem(in_channels, width, image_size):
@@ -873,10 +866,8 @@ class EncapNet6(Network):
                                aide_kernel=aide_kernel, skip=skip)
         self.classes = CapFC(types * side ** 2, 16, num_classes)
 
-    def forward(self, x):
-        u = self.capconv(self.stem(self.check(x)))
-        v = self.classes(capsules(u, self.types).flatten(1, 2))
-        return lengths(v), v.new_zeros(())
+    def scores(self, u):
+        return self.classes(capsules(self.capconv(u), self.types).flatten(1, 2)).norm(dim=-1)
 
 
 class CapNet(Network):
@@ -905,8 +896,7 @@ class CapNet(Network):
         if routing == "em":
             self.activation = nn.Sequential(*conv_bn(8 * types, types), nn.Sigmoid())
 
-    def forward(self, x):
-        image = self.stem(self.check(x))                                 # (B, 8G, H, W)
+    def scores(self, image):
         first, last = self.routed
         u = capsules(image, self.types)                                  # (B, G, P, 8)
         if self.routing == "em":
@@ -914,7 +904,7 @@ class CapNet(Network):
             v = squash(last(pose.unflatten(1, u.shape[1:3]), a)[0])      # classes compete by length
         else:
             v = last(first(u).unflatten(1, u.shape[1:3]))
-        return lengths(v), v.new_zeros(())
+        return v.norm(dim=-1)
 
 
 class CNN(Network):
@@ -933,9 +923,8 @@ class CNN(Network):
         self.conv = conv_bn_relu(8 * base, 16 * base)
         self.classes = nn.Linear(16 * base, num_classes)
 
-    def forward(self, x):
-        logits = self.classes(self.conv(self.stem(self.check(x))).mean((2, 3)))
-        return logits, logits.new_zeros(())
+    def scores(self, u):
+        return self.classes(self.conv(u).mean((2, 3)))
 
 
 class ResidualBlock(nn.Module):
@@ -985,9 +974,8 @@ class ResNet(Network):
         self.add_units(feedback, channels, strides, generator=generator, **unit)
         self.classes = nn.Linear(channels[-1], num_classes)
 
-    def forward(self, x):
-        u, feedback = self.run_modules(self.stem(self.check(x)))
-        return self.classes(u.mean((2, 3))), feedback
+    def scores(self, u):
+        return self.classes(u.mean((2, 3)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -997,19 +985,19 @@ class ResNet(Network):
 V2 = dict(depths=(23, 24, 24, 24), coefficients=(None, None, "both", "both"), stem_stride=4,
           feedback=2)
 
-MODELS = {
-    "encapnet":        (EncapNet, dict(feedback=2)),                     # v1, 18 layers
-    "encapnet-v2":     (EncapNet, V2),                                  # 101 layers, 128x128 images
-    "encapnet-v3":     (EncapNet, V2),                                   # the same for 224x224
+MODELS = {                                                          # parameters in millions
+    "encapnet":        (EncapNet, dict(feedback=2)),                # 12.118  v1, 18 layers
+    "encapnet-v2":     (EncapNet, V2),                              # 72.312  101, 128x128 images
+    "encapnet-v3":     (EncapNet, V2),                              # 72.481  the same for 224x224
     "encapnet-small":  (EncapNet, dict(depths=(1, 1, 1), dims=(2, 4, 8, 16), types=8, stem_stride=2,
-                                       feedback=1)),                     # the default run on digits
-    "encapnet6":       (EncapNet6, dict(coefficients="both")),           # Table 1 (f)
-    "encapnet6-master": (EncapNet6, dict(coefficients=None)),            # Table 1 (e)
-    "capnet-dynamic":  (CapNet, dict(routing="dynamic")),                # Table 1 (a)
-    "capnet-em":       (CapNet, dict(routing="em")),                     # Table 1 (b)
-    "cnn-same":        (CNN, dict(width=1.0)),                           # Table 1 (c)
-    "cnn-similar":     (CNN, dict(width=2.375)),                         # Table 1 (d)
-    "resnet18":        (ResNet, dict(blocks=(2, 2, 2, 2))),              # Tables 2, 3
+                                       feedback=1)),                # 0.344   the default on digits
+    "encapnet6":       (EncapNet6, dict(coefficients="both")),      # 1.916   Table 1 (f)
+    "encapnet6-master": (EncapNet6, dict(coefficients=None)),       # 0.754   Table 1 (e)
+    "capnet-dynamic":  (CapNet, dict(routing="dynamic")),           # 8.859   Table 1 (a)
+    "capnet-em":       (CapNet, dict(routing="em")),                # 8.937   Table 1 (b)
+    "cnn-same":        (CNN, dict(width=1.0)),                      # 1.575   Table 1 (c)
+    "cnn-similar":     (CNN, dict(width=2.375)),                    # 8.856   Table 1 (d)
+    "resnet18":        (ResNet, dict(blocks=(2, 2, 2, 2))),         # 11.157  Tables 2, 3
 }
 
 
@@ -1024,19 +1012,9 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
     """A network of the paper by name, any keyword of its class overridden.   [Tables 1, 2, 3, 5]
 
     -> model;  model(x (B, in_channels, image_size, image_size)) -> scores (B, K), feedback ()
-    Parameters in millions (v2 at 128, v3 at 224), in Mib of 32 bits, and Table 1's "Mb".  Only
-    the paper's difference of its last two rows is near ours: 34.92, 35.44.
-        capnet-dynamic     8.859    270.4    151.24    (a)
-        capnet-em          8.937    272.7    152.44    (b)
-        cnn-same           1.575     48.1     24.44    (c)
-        cnn-similar        8.856    270.3    146.88    (d)
-        encapnet6-master   0.754     23.0     25.76    (e)
-        encapnet6          1.916     58.5     60.68    (f)
-        encapnet          12.118    369.8
-        encapnet-v2       72.312   2206.8
-        encapnet-v3       72.481   2212.0
-        encapnet-small     0.344     10.5
-        resnet18          11.157    340.5
+    Table 1 has 151.24, 152.44, 24.44, 146.88, 25.76, 60.68 "Mb" of parameters for (a) to (f); at 32
+    bits each we have 270.4, 272.7, 48.1, 270.3, 23.0, 58.5 Mib.  Only the paper's difference of its
+    last two rows is near ours: 34.92, 35.44.
     """
     check_choice("name", name, tuple(MODELS))
     cls, defaults = MODELS[name]
