@@ -14,9 +14,6 @@ convolutions compute how much each counts.  And it asks in training that a layer
 the one above: a *feedback unit* generates the lower image from the higher one, and an optimal
 transport divergence compares a batch of generated images with the real batch.
 
-One reading, top to bottom: squash, the two routings, losses, the routed layer, capConv and capFC,
-optimal transport, the feedback unit, the networks.  The appendix has routing without votes.
-
 Axes    B batch · i / j lower / higher capsule, n_in / n_out of them · d numbers of a capsule, e of
         a lower one where both occur · G capsule types · P positions · H W space · K classes
         on transport: x y samples of a batch · n m sizes of two point clouds · there P is the plan,
@@ -287,10 +284,7 @@ class RoutedCapsules(nn.Module):
 
     def votes(self, u):
         """v_hat_j|i = w_ij u_i: (B, types, P, in_dim) -> (B, types*P, out_capsules, out_dim)."""
-        votes = torch.einsum("bgpe,gejd->bgpjd", u, self.weight)
-        if self.bias is not None:
-            votes = votes + self.bias[:, None]
-        return votes.flatten(1, 2)
+        return torch.einsum("bgpe,gejd->bgpjd", *self.operator(u)).flatten(1, 2)
 
     def operator(self, u):
         """u and W whose product the votes are: a bias is the weight of a 1."""
@@ -313,8 +307,7 @@ class RoutedCapsules(nn.Module):
         if self.factored and P >= fewest and not needs_votes():
             if torch.compiler.is_compiling():                        # its loops would be unrolled
                 without_votes = torch.compiler.disable(without_votes)
-            u_1, W = self.operator(u)
-            v = without_votes(u_1, W=W, iterations=self.iterations, **options)
+            v = without_votes(*self.operator(u), iterations=self.iterations, **options)
         else:
             v = with_votes(self.votes(u), iterations=self.iterations, **options)
         return v if self.routing == "dynamic" else tuple(x.to(u.dtype) for x in v)
@@ -677,9 +670,8 @@ class FeedbackUnit(nn.Module):
         """Costs of generated x and real y: (3, B, B), xy xx yy; (1, B, B) without bias fix."""
         y, x = self.features(low, high)
         ground, _ = COSTS[self.cost]
-        if not self.bias_fix:
-            return ground(x, y)[None]
-        return ground(torch.stack([x, x, y]), torch.stack([y, x, y]))
+        xs, ys = ([x, x, y], [y, x, y]) if self.bias_fix else ([x], [y])
+        return ground(torch.stack(xs), torch.stack(ys))
 
     def forward(self, low, high):
         return total_feedback([self], [(low, high)])
@@ -844,8 +836,7 @@ class CapNet(Network):
     """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
 
     routing, iterations, softmax, normalise, b_init, factored: as RoutedCapsules
-    fifth_conv: one more 3x3 convolution before the capsules; in the other rows of Table 1 a fifth
-        convolution or capConv stands there
+    fifth_conv: one more 3x3 convolution before the capsules, as deep as the other rows of Table 1
     EM: the activation of a lower capsule is the sigmoid, not the released ReLU, of BatchNorm of a
     convolution; a class score is |squash(mu)|.
     """
@@ -1105,8 +1096,8 @@ def em_merge(parts):
 
 
 @full_precision
-def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3, normalise="both"):
-    """em_routing of the votes W u.   u: (B, G, P, e);  activation: (B, G*P);  W: (G, e, j, d)
+def em_without_votes(u, W, activation, beta_v, beta_a, iterations=3, normalise="both"):
+    """em_routing of the votes W u.   u: (B, G, P, e);  W: (G, e, j, d);  activation: (B, G*P)
 
     -> pose (B, j, d), activation (B, j);  samples and types go in blocks, backward recomputes each
     """
@@ -1116,8 +1107,8 @@ def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3, normalise="
     size = min(G, max(1, 4 * BLOCK // (n_out * d * monomials)))          # types at once
     samples = max(1, 2 * BLOCK // (n_out * P * size))                    # at once
     if B > samples:
-        parts = [checkpoint(em_without_votes, *part, beta_v, beta_a, W, iterations, normalise)
-                 for part in zip(u.split(samples), activation.split(samples), strict=True)]
+        parts = [checkpoint(em_without_votes, x, W, a, beta_v, beta_a, iterations, normalise)
+                 for x, a in zip(u.split(samples), activation.split(samples), strict=True)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
     centre = u.mean(2)
     x = (u - centre[:, :, None]).mT                                      # (B, G, e, P)
