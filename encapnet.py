@@ -14,13 +14,10 @@ convolutions compute how much each counts.  And it asks in training that a layer
 the one above: a *feedback unit* generates the lower image from the higher one, and an optimal
 transport divergence compares a batch of generated images with the real batch.
 
-One reading, top to bottom: squash, the two routings, losses, the routed layer, capConv and capFC,
-optimal transport, the feedback unit, the networks.  The appendix has routing without votes.
-
 Axes    B batch · i / j lower / higher capsule, n_in / n_out of them · d numbers of a capsule, e of
         a lower one where both occur · G capsule types · P positions · H W space · K classes
         on transport: x y samples of a batch · n m sizes of two point clouds · there P is the plan,
-        K a kernel, a b its scalings
+        K a kernel, a b weights of x y
 Layout  a capsule image is (B, G*d, H, W), type-major: `groups=G` gives each type its own transform
 
 Where each equation lives
@@ -49,10 +46,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------
-# Small tools: arguments that are checked, and arithmetic that half precision would spoil
-# ------------------------------------------------------------------------------------------------
-
+# ---- Small tools: arguments that are checked, and arithmetic that half precision would spoil -----
 
 def check_choice(name, value, allowed):
     if value not in allowed:
@@ -104,15 +98,11 @@ def squash(s, dim=-1):
     return (wide * (length / (1 + square))).to(s.dtype)
 
 
-# ------------------------------------------------------------------------------------------------
-# The two classic routings on explicit votes: the readable definition.
-#
+# ---- The two classic routings on explicit votes: the readable definition -------------------------
 # A higher capsule is computed from the votes of all lower ones, weighed by how well each agrees
 # with it.  Both are unknown at first, so they are improved in turn: dynamic routing takes a
 # weighted mean and measures agreement by the inner product; EM routing fits a Gaussian to the votes
 # and measures it by the log density.
-# ------------------------------------------------------------------------------------------------
-
 
 def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficients=False):
     """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
@@ -204,30 +194,23 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     return (mu, log_v.exp(), log_R.exp()) if return_coefficients else (mu, log_v.exp())
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses on class-capsule lengths (B, K) and targets (B,): a scalar, mean over the batch.
-#
+# ---- Losses on class-capsule lengths (B, K) and targets: a scalar, mean over the batch ----------
 # A length says whether a class is present, so each class has a loss of its own: long where it is,
 # short where it is not, and nothing more once it is long or short enough.
-# ------------------------------------------------------------------------------------------------
-
-
-def one_hot(lengths, target):
-    """T (B, K), 1 for the class in target (B,), 0 elsewhere."""
-    check_shape("lengths", lengths, "B K")
-    check_shape("target", target, "B", B=lengths.shape[0])
-    return torch.zeros_like(lengths).scatter(1, target[:, None], 1)
-
 
 @full_precision
 def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
     """Sum_k T_k max(0, m+ - |v_k|)^2 + lam (1 - T_k) max(0, |v_k| - m-)^2.   [Sec. 3.2]
 
-    lengths: (B, K);  target: (B,), class numbers, or T itself, (B, K) of 0 and 1, where several
-    classes or none are present -> scalar
+    lengths: (B, K);  target: (B,), class numbers, or (B, K), 1 for each class present -> scalar
     """
-    T = one_hot(lengths, target) if target.dim() == 1 else target.to(lengths.dtype)
-    check_shape("target", T, "B K", B=lengths.shape[0], K=lengths.shape[1])
+    check_shape("lengths", lengths, "B K")
+    B, K = lengths.shape
+    T = target.to(lengths.dtype)
+    if target.dim() == 1:
+        check_shape("target", target, "B", B=B)
+        T = torch.zeros_like(lengths).scatter(1, target[:, None], 1)
+    check_shape("target", T, "B K", B=B, K=K)
     present, absent = (m_pos - lengths).relu().square(), (lengths - m_neg).relu().square()
     return (T * present + lam * (1 - T) * absent).sum(1).mean()
 
@@ -238,21 +221,23 @@ def spread_loss(lengths, target, margin):
 
     lengths: (B, K);  target: (B,);  margin: annealed 0.2 -> 0.9 by train.py -> scalar
     """
-    others = 1 - one_hot(lengths, target)
+    check_shape("lengths", lengths, "B K")
+    check_shape("target", target, "B", B=lengths.shape[0])
     a_t = lengths.gather(1, target[:, None])                             # (B, 1)
+    others = torch.ones_like(lengths).scatter(1, target[:, None], 0)
     return ((margin - (a_t - lengths)).relu().square() * others).sum(1).mean()
 
 
-# ------------------------------------------------------------------------------------------------
-# The routed capsule layer of CapNet.
-#
+# ---- The routed capsule layer of CapNet ----------------------------------------------------------
 # Votes are linear in the lower capsule, v_hat_j|i = W_gj u_i, and the P positions of a capsule type
 # g share W_gj, as a convolution shares its kernel.  So routing never needs the votes themselves:
 # `votes` and the two functions above are the definition, the appendix has the same without them.
-# ------------------------------------------------------------------------------------------------
 
-# torch 2.6 has only the wider question.
-exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+def needs_votes():
+    """Exported, a loop over blocks of samples would fix the batch; torch.func has no checkpoint."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)     # torch 2.6
+    return exporting() or torch._C._are_functorch_transforms_active()
 
 
 class RoutedCapsules(nn.Module):
@@ -261,9 +246,8 @@ class RoutedCapsules(nn.Module):
     The P capsules of a type share a transform (Fig. 1b); P = 1 gives each capsule its own.
     routing: "dynamic" (softmax over "in" or "out" capsules) or "em";  bias: votes are W u + bias
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
-        the last two are one number a pair (i, j) and need `positions`, the P of the inputs
+        the last two are one number a pair (i, j), for inputs of P = `positions`
     normalise: of EM, as em_routing
-    factored: False always takes the votes, as torch.func, vmap and torch.compile of EM need it
     gain: on the initial scale, 0.3 sqrt(types / in_dim), which makes v a few tenths long at Table
         1's size, neither lost nor saturated by squash (reading 8; the paper says "Gaussian").
         gain=1 suits inputs that are alike at all P positions; where each position has a pose of its
@@ -273,7 +257,7 @@ class RoutedCapsules(nn.Module):
     """
 
     def __init__(self, types, in_dim, out_capsules, out_dim, routing="dynamic", iterations=3, *,
-                 softmax="in", normalise="both", bias=False, b_init="zero", positions=None,
+                 softmax="in", normalise="both", bias=False, b_init="zero", positions=1,
                  gain=1.0, factored=True):
         super().__init__()
         check_positive(iterations=iterations)
@@ -283,30 +267,24 @@ class RoutedCapsules(nn.Module):
         check_choice("b_init", b_init, ("zero", "random", "learnable"))
         if b_init != "zero" and routing == "em":
             raise ValueError(f"b_init={b_init!r}: must be 'zero' with routing='em'")
-        if b_init != "zero" and positions is None:
-            raise ValueError(f"positions=None: must be given with b_init={b_init!r}")
         self.types, self.in_dim, self.routing = types, in_dim, routing
         self.iterations, self.softmax, self.normalise = iterations, softmax, normalise
         self.factored = factored
         std = 0.3 * gain * math.sqrt(types / in_dim)                     # reading 8
         self.weight = nn.Parameter(torch.randn(types, in_dim, out_capsules, out_dim) * std)
         self.bias = nn.Parameter(torch.zeros(types, out_capsules, out_dim)) if bias else None
-        if b_init == "zero":
-            self.b = None
-        elif b_init == "random":
+        if b_init == "random":
             self.register_buffer("b", torch.randn(types * positions, out_capsules))
         else:
-            self.b = nn.Parameter(torch.zeros(types * positions, out_capsules))
+            b = torch.zeros(types * positions, out_capsules)
+            self.b = nn.Parameter(b) if b_init == "learnable" else None
         if routing == "em":
             self.beta_v = nn.Parameter(torch.zeros(out_capsules))
             self.beta_a = nn.Parameter(torch.zeros(out_capsules))
 
     def votes(self, u):
         """v_hat_j|i = w_ij u_i: (B, types, P, in_dim) -> (B, types*P, out_capsules, out_dim)."""
-        votes = torch.einsum("bgpe,gejd->bgpjd", u, self.weight)
-        if self.bias is not None:
-            votes = votes + self.bias[:, None]
-        return votes.flatten(1, 2)
+        return torch.einsum("bgpe,gejd->bgpjd", *self.operator(u)).flatten(1, 2)
 
     def operator(self, u):
         """u and W whose product the votes are: a bias is the weight of a 1."""
@@ -325,24 +303,20 @@ class RoutedCapsules(nn.Module):
             fewest = (self.in_dim + 1) * (self.in_dim + 2) // 6          # a third of its monomials
             options = {"activation": activation, "beta_v": self.beta_v, "beta_a": self.beta_a,
                        "normalise": self.normalise}
-        # Below so many positions the votes are faster (measured on a CPU).  Exported graphs take
-        # votes too: a loop over blocks of samples would fix the batch.
-        if self.factored and P >= fewest and not exporting():
-            u_1, W = self.operator(u)
-            v = without_votes(u_1, W=W, iterations=self.iterations, **options)
+        # Below so many positions the votes are faster (measured on a CPU).
+        if self.factored and P >= fewest and not needs_votes():
+            if torch.compiler.is_compiling():                        # its loops would be unrolled
+                without_votes = torch.compiler.disable(without_votes)
+            v = without_votes(*self.operator(u), iterations=self.iterations, **options)
         else:
             v = with_votes(self.votes(u), iterations=self.iterations, **options)
         return v if self.routing == "dynamic" else tuple(x.to(u.dtype) for x in v)
 
 
-# ------------------------------------------------------------------------------------------------
-# capConv: approximate routing in one pass, by a master and an aide branch.
-#
+# ---- capConv: approximate routing in one pass, by a master and an aide branch --------------------
 # Rounds of routing are a search for how much each lower capsule counts.  capConv learns to say it
 # at once: two convolutions make candidates v1, v2 of the higher capsules, and two more compute
 # from them one coefficient per type and position.
-# ------------------------------------------------------------------------------------------------
-
 
 def squash_image(s, types):
     """squash every capsule of an image (B, types*d, H, W)."""
@@ -469,15 +443,11 @@ class CapFC(nn.Module):
         return squash(torch.einsum("bid,dij->bjd", u, self.weight))
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimal transport between two batches of samples.
-#
+# ---- Optimal transport between two batches of samples --------------------------------------------
 # How far is one cloud of points from another?  Move the mass of the first onto the second along a
 # plan P, a unit of mass from x to y at the cost Q_xy, as cheaply as possible: <Q, P>.  With eps
-# times the entropy of P as a reward the best plan is a * exp(-Q/eps) * b, and a, b follow by
-# scaling rows and columns in turn until both marginals are right (Sinkhorn).
-# ------------------------------------------------------------------------------------------------
-
+# times the entropy of P as a reward the best plan is exp(-Q/eps) with its rows and columns scaled,
+# in turn, until both marginals are right (Sinkhorn).
 
 @full_precision
 def cosine_cost(x, y):
@@ -513,44 +483,49 @@ def transport_cost(Q, P):
 
 
 @full_precision
-def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None):
-    """Entropic transport plan between uniform marginals, L Sinkhorn iterations.   [Eqs. (9), (10)]
-
-    Samples of a batch weigh the same; clouds with weights of their own are for ot.sinkhorn.
+def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None, a=None, b=None):
+    """Entropic transport plan between two marginals, L Sinkhorn iterations.   [Eqs. (9), (10)]
 
     Deviation 1: Eq. (9) prints b(l+1) = 1/(K a(l)); a(0) is undefined, so a(l+1) is meant.  Columns
     first, as printed; the released code begins with rows.
     Q: (..., n, m) ground cost;  eps: in the units of Q;  iterations: L
     q_max: a known bound on Q, allows the kernel form where exp(-q_max/eps) is safe; None: log form
-    -> P (..., n, m): rows sum to 1/n exactly (updated last), columns to 1/m as L grows
+    a, b: weights (..., n), (..., m) of the samples, which sum to 1 (POT's names); None: 1/n, 1/m
+    -> P (..., n, m): rows sum to a exactly (updated last), columns to b as L grows
     """
     check_positive(float, eps=eps)
     check_positive(iterations=iterations)
     n, m = Q.shape[-2:]
-    # K >= e^-60 = 9e-27 and the scalings a b <= 1/K stay normal numbers in float32.
-    if q_max is not None and q_max <= 60 * eps:
+    for name, weights, size in ("a", a, n), ("b", b, m):
+        if weights is not None and weights.shape[-1:] != (size,):
+            raise ValueError(f"{name} has shape {tuple(weights.shape)}: must be (..., {size})")
+    # K >= e^-60 = 9e-27 and the scalings <= 1/K stay normal numbers in float32.
+    if q_max is not None and q_max <= 60 * eps and a is None and b is None:
         K = (-Q / eps).exp()                                             # Gibbs kernel
         K_T = K.transpose(-2, -1).contiguous()
-        b = K.new_full((*Q.shape[:-2], 1, n), 1 / n)
-        for _ in range(iterations):                                      # Eq. (9), row vectors
-            a = 1 / m / (b @ K)                                          # (..., 1, m)
-            b = 1 / n / (a @ K_T)                                        # (..., 1, n)
-        return b.transpose(-2, -1) * K * a                               # Eq. (10)
+        rows = K.new_full((*Q.shape[:-2], 1, n), 1 / n)
+        for _ in range(iterations):                                      # b(l), a(l) of Eq. (9)
+            columns = 1 / m / (rows @ K)                                 # (..., 1, m)
+            rows = 1 / n / (columns @ K_T)                               # (..., 1, n)
+        return rows.transpose(-2, -1) * K * columns                      # Eq. (10)
+    log_a = -math.log(n) if a is None else a.clamp_min(1e-37).log()[..., None]        # 0 -> e^-85
+    log_b = -math.log(m) if b is None else b.clamp_min(1e-37).log()[..., None, :]
     log_P = -Q / eps
     for _ in range(iterations):
-        log_P = log_P.log_softmax(-2) - math.log(m)
-        log_P = log_P.log_softmax(-1) - math.log(n)
+        log_P = log_P.log_softmax(-2) + log_b
+        log_P = log_P.log_softmax(-1) + log_a
     return log_P.exp()
 
 
-def sinkhorn_cost(Q, eps=0.1, iterations=10, q_max=None, plan_grad=False):
+def sinkhorn_cost(Q, eps=0.1, iterations=10, q_max=None, plan_grad=False, **weights):
     """W_Q = <Q, P>, P by Sinkhorn.   [Eq. (8)]
 
     P is a constant unless plan_grad: slightly better in the paper (Table 3 (d2): 4.58, with the
     gradient 4.77), and at the optimum dW/dQ is P; it saves the backward pass of L iterations.
     Q: (..., n, m) -> (...)
     """
-    return transport_cost(Q, sinkhorn_plan(Q if plan_grad else Q.detach(), eps, iterations, q_max))
+    constant = Q if plan_grad else Q.detach()
+    return transport_cost(Q, sinkhorn_plan(constant, eps, iterations, q_max, **weights))
 
 
 def debias(xy, xx, yy):
@@ -560,10 +535,11 @@ def debias(xy, xx, yy):
 
 @full_precision
 def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=True,
-                        plan_grad=False):
-    """How far two clouds of equally weighted samples are from each other.   [Eq. (11)]
+                        plan_grad=False, a=None, b=None):
+    """How far two clouds of samples are from each other.   [Eq. (11)]
 
-    x: (..., n, d);  y: (..., m, d);  eps, iterations: as sinkhorn_plan;  cost: "cosine" or "l2"
+    x: (..., n, d);  y: (..., m, d);  cost: "cosine" or "l2"
+    eps, iterations, a, b (weights of x, y): as sinkhorn_plan
     bias_fix: False gives W(x, y) of Eq. (8) alone   [Table 3 (d1)]
     plan_grad: differentiate through P too           [Table 3 (d2)]
     -> (...), in the units of the cost
@@ -571,14 +547,14 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
     check_choice("cost", cost, tuple(COSTS))
     ground, q_max = COSTS[cost]
 
-    def W(x, y):
-        return sinkhorn_cost(ground(x, y), eps, iterations, q_max, plan_grad)
+    def W(x, y, a=None, b=None):
+        return sinkhorn_cost(ground(x, y), eps, iterations, q_max, plan_grad, a=a, b=b)
 
     if not bias_fix:
-        return W(x, y)
-    if x.shape == y.shape:                                          # one batched call for all three
+        return W(x, y, a, b)
+    if x.shape == y.shape and a is None and b is None:              # one batched call for all three
         return debias(*W(torch.stack([x, x, y]), torch.stack([y, x, y])))
-    return debias(W(x, y), W(x, x), W(y, y))
+    return debias(W(x, y, a, b), W(x, x, a, a), W(y, y, b, b))
 
 
 @full_precision
@@ -592,35 +568,24 @@ def kl_divergence(real, generated):
                     reduction="batchmean")
 
 
-# ------------------------------------------------------------------------------------------------
-# Feedback agreement: the higher layer must be able to tell the lower one.
-#
+# ---- Feedback agreement: the higher layer must be able to tell the lower one ---------------------
 # A generator makes a lower image of the higher one; an extractor makes short features of the real
 # and of the generated images of a batch; their divergence joins the loss.
-# ------------------------------------------------------------------------------------------------
-
-
-class Gather(torch.autograd.Function):
-    """Concatenate the samples of all processes; the gradient of a sample is summed over them."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)
-                 for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
-
 
 def gather(x):
-    """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return Gather.apply(x) if several else x
+    """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable.
+
+    Every rank computes the same divergence of them, so the gradient of a sample summed over ranks
+    is its own rank's times their number.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks == 1:
+        return x
+    own = x.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(ranks)]
+    dist.all_gather(parts, own)
+    parts[dist.get_rank()] = own + ranks * (x - own)
+    return torch.cat(parts)
 
 
 def conv_bn(c_in, c_out, kernel_size=3, stride=1):
@@ -680,11 +645,8 @@ class FeedbackUnit(nn.Module):
             return image.flatten(1)
         conv1, norm1, conv2, norm2 = self.extractor
         h = F.relu(norm1(conv1(image)))
-        if max(h.shape[-2:]) > 2:
-            h = conv2(h)
-        else:                                                            # deviation 3: stride 1
-            h = F.conv2d(h, conv2.weight, padding=1)
-        return F.relu(norm2(h)).flatten(1)
+        stride = 2 if max(h.shape[-2:]) > 2 else 1                       # deviation 3
+        return F.relu(norm2(F.conv2d(h, conv2.weight, None, stride, padding=1))).flatten(1)
 
     def told_apart(self, low):
         """Share of variance between samples in the features of real images.
@@ -708,9 +670,8 @@ class FeedbackUnit(nn.Module):
         """Costs of generated x and real y: (3, B, B), xy xx yy; (1, B, B) without bias fix."""
         y, x = self.features(low, high)
         ground, _ = COSTS[self.cost]
-        if not self.bias_fix:
-            return ground(x, y)[None]
-        return ground(torch.stack([x, x, y]), torch.stack([y, x, y]))
+        xs, ys = ([x, x, y], [y, x, y]) if self.bias_fix else ([x], [y])
+        return ground(torch.stack(xs), torch.stack(ys))
 
     def forward(self, low, high):
         return total_feedback([self], [(low, high)])
@@ -730,14 +691,10 @@ def total_feedback(units, images):
     return (debias(*W) if first.bias_fix else W[0]).sum()
 
 
-# ------------------------------------------------------------------------------------------------
-# The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval and without a unit).
-#
+# ---- The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval and without a unit) ---
 # Each is a stem, modules if it has any, and scores.  EncapNet is convolution, four modules of
 # capConv, capFC; the six-layer networks of Table 1 share their first four convolutions; CNN and
 # ResNet are what they are compared with.
-# ------------------------------------------------------------------------------------------------
-
 
 def conv_bn_relu(c_in, c_out, stride=1):
     return nn.Sequential(*conv_bn(c_in, c_out, 3, stride), nn.ReLU())
@@ -879,8 +836,7 @@ class CapNet(Network):
     """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
 
     routing, iterations, softmax, normalise, b_init, factored: as RoutedCapsules
-    fifth_conv: one more 3x3 convolution before the capsules; in the other rows of Table 1 a fifth
-        convolution or capConv stands there
+    fifth_conv: one more 3x3 convolution before the capsules, as deep as the other rows of Table 1
     EM: the activation of a lower capsule is the sigmoid, not the released ReLU, of BatchNorm of a
     convolution; a class score is |squash(mu)|.
     """
@@ -983,9 +939,7 @@ class ResNet(Network):
         return self.classes(u.mean((2, 3)))
 
 
-# ------------------------------------------------------------------------------------------------
-# Registry: a model is a class and the keywords that make it
-# ------------------------------------------------------------------------------------------------
+# ---- Registry: a model is a class and the keywords that make it ----------------------------------
 
 V2 = dict(depths=(23, 24, 24, 24), coefficients=(None, None, "both", "both"), stem_stride=4,
           feedback=2)
@@ -1017,9 +971,6 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
     """A network of the paper by name, any keyword of its class overridden.   [Tables 1, 2, 3, 5]
 
     -> model;  model(x (B, in_channels, image_size, image_size)) -> scores (B, K), feedback ()
-    Table 1 has 151.24, 152.44, 24.44, 146.88, 25.76, 60.68 "Mb" of parameters for (a) to (f); at 32
-    bits each we have 270.4, 272.7, 48.1, 270.3, 23.0, 58.5 Mib.  Only the paper's difference of its
-    last two rows is near ours: 34.92, 35.44.
     """
     check_choice("name", name, tuple(MODELS))
     cls, defaults = MODELS[name]
@@ -1030,9 +981,7 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
     return cls(num_classes, in_channels, image_size, **{**defaults, **overrides})
 
 
-# ------------------------------------------------------------------------------------------------
-# Appendix: routing without votes.
-#
+# ---- Appendix: routing without votes -------------------------------------------------------------
 # The P capsules of type g share W_gj, so v_hat_ij = W_gj u_i is an operator, not a tensor: the
 # 2,048 x 2,048 votes of 16 numbers in Table 1's layer would take 268 MB for every sample.
 #
@@ -1047,78 +996,51 @@ def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
 #
 # Both go through in blocks of about BLOCK numbers that backward computes again, so that neither the
 # votes nor, in Table 1's layer, the n_in x n_out coefficients ever live at once.
-# ------------------------------------------------------------------------------------------------
 
 BLOCK = 2 ** 20                                                          # numbers an array may hold
+checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
+                     preserve_rng_state=False)
 
 
-def checkpoint(function, *args, **keywords):
-    """function(*args, **keywords), whose backward computes it again instead of keeping it."""
-    try:
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False,
-                                                 preserve_rng_state=False, **keywords)
-    except RuntimeError as error:
-        if "saved tensor hooks" in str(error):
-            raise RuntimeError("torch.func and vmap need factored=False, the votes") from error
-        raise
+def dynamic_rounds(u, W, b0, iterations, softmax):
+    """dynamic_routing of a block of samples and higher capsules.
 
-
-def dynamic_rounds(u, W, iterations, pool):
-    """The rounds of dynamic routing for the higher capsules of W.
-
-    u: (B, G, P, e);  W: (G, e, j, d);  pool(query (B, G, e, j)) -> sum_p c_ij u_i, (B, G, e, j)
-    -> v (B, j, d)
+    u: (B, G, P, e);  W: (G, e, j, d);  b0: (G, P, j) -> v (B, j, d)
     """
     B, G, P, e = u.shape
     W = W.permute(2, 0, 1, 3).flatten(1, 2)                              # (j, G*e, d)
-    query = u.new_zeros(B, G, e, W.shape[0])
-    V = 0
+    query, V = u.new_zeros(B, G, e, W.shape[0]), 0
     for r in range(iterations):
-        pooled = pool(query).flatten(1, 2).permute(2, 0, 1)              # (j, B, G*e)
-        v = squash(pooled @ W)                                           # (j, B, d)
+        b = u @ query + b0                                               # (B, G, P, j)
+        if softmax == "out":
+            pooled = u.mT @ b.softmax(-1)                                # sum_p c_ij u_i
+        else:                       # divided after pooling: a sum over (e, j) instead of (P, j)
+            c = (b - b.detach().amax((1, 2), keepdim=True)).exp()
+            pooled = u.mT @ c / c.sum((1, 2), keepdim=True)              # (B, G, e, j)
+        v = squash(pooled.flatten(1, 2).permute(2, 0, 1) @ W)            # (j, B, d)
         if r < iterations - 1:
             V = V + v
             query = (V @ W.mT).permute(1, 2, 0).unflatten(1, (G, e)).contiguous()
     return v.transpose(0, 1)
 
 
-def pool_in(u, query, b0):
-    """sum_p c_ij u_i, c = softmax over i:  u (B, G, P, e), query (B, G, e, j) -> the same."""
-    b = u @ query + b0                                                   # (B, G, P, j)
-    c = (b - b.detach().amax((1, 2), keepdim=True)).exp()                # not yet normalised
-    return u.mT @ c / c.sum((1, 2), keepdim=True)                        # here (e, j), not (P, j)
-
-
-def pool_out(u, query, b0):
-    """sum_p c_ij u_i, c = softmax over j:  u (B, G, P, e), query (B, G, e, j) -> the same."""
-    return u.mT @ (u @ query + b0).softmax(-1)
-
-
 def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
     """dynamic_routing of the votes W u.   u: (B, G, P, e);  W: (G, e, j, d) -> v (B, j, d)
 
     With the softmax over i this is iterated attention: queries v_j, keys and values u_i.  Higher
-    capsules and samples never interact, so they are routed in blocks; with the softmax over j,
-    types are pooled in blocks.  Backward recomputes each block.
+    capsules never interact then, and go in blocks, as samples do: 64 and more of them fit a block.
+    Over j they compete and stay together.
     """
     B, G, P, _ = u.shape
     n_out = W.shape[2]
     b0 = u.new_zeros(G, P, 1).expand(G, P, n_out) if b0 is None else b0.unflatten(0, (G, P))
-    if softmax == "in":
-        samples = max(1, BLOCK // (64 * G * P))        # at once, so that 64 higher ones fit a block
-        size = max(1, BLOCK // (min(samples, B) * G * P))                # higher capsules at once
-
-        def route(u, W, b0):
-            return dynamic_rounds(u, W, iterations, partial(pool_in, u, b0=b0))
-        blocks = list(zip(W.split(size, 2), b0.split(size, 2), strict=True))
-        return torch.cat([torch.cat([checkpoint(route, part, *block) for block in blocks], 1)
-                          for part in u.split(samples)])
-    size = max(1, BLOCK // (B * P * n_out))
-
-    def pool(query):
-        blocks = zip(u.split(size, 1), query.split(size, 1), b0.split(size, 0), strict=True)
-        return torch.cat([checkpoint(pool_out, *block) for block in blocks], 1)
-    return dynamic_rounds(u, W, iterations, pool)
+    together = 64 if softmax == "in" else n_out
+    samples = max(1, BLOCK // (together * G * P))                        # at once
+    size = max(1, BLOCK // (min(samples, B) * G * P)) if softmax == "in" else n_out
+    blocks = list(zip(W.split(size, 2), b0.split(size, 2), strict=True))
+    return torch.cat([
+        torch.cat([checkpoint(dynamic_rounds, part, *block, iterations, softmax)
+                   for block in blocks], 1) for part in u.split(samples)])
 
 
 def pairs(x, dim, double):
@@ -1174,8 +1096,8 @@ def em_merge(parts):
 
 
 @full_precision
-def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3, normalise="both"):
-    """em_routing of the votes W u.   u: (B, G, P, e);  activation: (B, G*P);  W: (G, e, j, d)
+def em_without_votes(u, W, activation, beta_v, beta_a, iterations=3, normalise="both"):
+    """em_routing of the votes W u.   u: (B, G, P, e);  W: (G, e, j, d);  activation: (B, G*P)
 
     -> pose (B, j, d), activation (B, j);  samples and types go in blocks, backward recomputes each
     """
@@ -1185,8 +1107,8 @@ def em_without_votes(u, activation, beta_v, beta_a, W, iterations=3, normalise="
     size = min(G, max(1, 4 * BLOCK // (n_out * d * monomials)))          # types at once
     samples = max(1, 2 * BLOCK // (n_out * P * size))                    # at once
     if B > samples:
-        parts = [checkpoint(em_without_votes, *part, beta_v, beta_a, W, iterations, normalise)
-                 for part in zip(u.split(samples), activation.split(samples), strict=True)]
+        parts = [checkpoint(em_without_votes, x, W, a, beta_v, beta_a, iterations, normalise)
+                 for x, a in zip(u.split(samples), activation.split(samples), strict=True)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
     centre = u.mean(2)
     x = (u - centre[:, :, None]).mT                                      # (B, G, e, P)

@@ -63,20 +63,21 @@ def clouds(draw):
 
 # ----------------------------------------------------------------- oracles
 
-def pot_plan(Q, eps, L):
-    return ot.sinkhorn([], [], np.asarray(Q), eps, numItermax=L, stopThr=0, warn=False)
+def pot_plan(Q, eps, L, a=(), b=()):
+    return ot.sinkhorn(np.asarray(a), np.asarray(b), np.asarray(Q), eps, numItermax=L, stopThr=0,
+                       warn=False)
 
 
 def ground(x, y, cost):
     return np.nan_to_num(cdist(x, y, METRIC[cost]), nan=1.0)            # cosine of a zero row: 1
 
 
-def pot_divergence(x, y, eps, L, cost, bias_fix=True):
+def pot_divergence(x, y, eps, L, cost, bias_fix=True, a=(), b=()):
     """2 W(x,y) - W(x,x) - W(y,y), or W(x,y) alone, each W = <Q, P> after L rounds."""
-    def W(x, y):
+    def W(x, y, a, b):
         Q = ground(x, y, cost)
-        return (Q * pot_plan(Q, eps, L)).sum()
-    return 2 * W(x, y) - W(x, x) - W(y, y) if bias_fix else W(x, y)
+        return (Q * pot_plan(Q, eps, L, a, b)).sum()
+    return 2 * W(x, y, a, b) - W(x, x, a, a) - W(y, y, b, b) if bias_fix else W(x, y, a, b)
 
 
 def emd_and_column_error(Q, P):
@@ -181,6 +182,51 @@ def test_gradient_of_the_cost_is_the_detached_plan(problem):
     Q.requires_grad_()
     transport_cost(Q, P).backward()
     assert torch.equal(Q.grad, P)
+
+
+# ----------------------------------------------------------------- weights of samples
+
+def weights(seed, *shape):
+    """Positive, sum to 1 over the last axis."""
+    return (0.05 + randn(seed, *shape).abs()).log().softmax(-1)
+
+
+@given(problems(), st.booleans(), seeds, st.booleans())
+def test_weighted_plan_has_the_iterates_of_pot(problem, kernel, seed, one_sided):
+    Q, eps, R, L = problem
+    a, b = weights(seed, Q.shape[0]), None if one_sided else weights(seed + 1, Q.shape[1])
+    P = sinkhorn_plan(Q, eps, L, R if kernel else None, a, b)
+    close(P, pot_plan(Q, eps, L, a, () if b is None else b))
+    close(P.sum(-1), a)
+
+
+@both_costs
+@pytest.mark.parametrize("same_size", [False, True])
+@given(cloud=clouds(), eps=st.floats(0.02, 2), seed=seeds, bias_fix=st.booleans())
+def test_weighted_divergence_equals_pot(cost, same_size, cloud, eps, seed, bias_fix):
+    x, y, L = cloud
+    y = x.flip(0) + 0.1 if same_size else y
+    a, b = weights(seed, len(x)), weights(seed + 1, len(y))
+    got = sinkhorn_divergence(x, y, eps, L, cost, bias_fix, a=a, b=b)
+    close(got, pot_divergence(x, y, eps, L, cost, bias_fix, a, b), 1e-11)
+
+
+@both_costs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_of_weight_0_is_not_there_and_uniform_weights_change_nothing(cost, dtype):
+    x, y = randn(0, 6, 3).to(dtype), randn(1, 5, 3).to(dtype)
+    a, b = weights(2, 4).to(dtype), torch.full((5,), 1 / 5, dtype=dtype)
+    padded = torch.cat([a[:1], torch.zeros(2, dtype=dtype), a[1:]])
+    want = sinkhorn_divergence(x[[0, 3, 4, 5]], y, 1, 500, cost, a=a)
+    tol = 1e-5 if dtype == torch.float32 else 1e-9
+    close(sinkhorn_divergence(x, y, 1, 500, cost, a=padded, b=b), want, tol)
+
+
+def test_weights_of_a_batch_of_clouds_equal_a_loop():
+    x, y, a, b = randn(0, 3, 5, 4), randn(1, 3, 5, 4), weights(2, 3, 5), weights(3, 5)
+    got = sinkhorn_divergence(x, y, a=a, b=b)
+    close(got, torch.tensor([pot_divergence(x[k], y[k], 0.1, 10, "cosine", True, a[k], b)
+                             for k in range(3)], dtype=torch.float64))
 
 
 # ----------------------------------------------------------------- ground costs
@@ -574,6 +620,9 @@ x43, u64, v64 = torch.zeros(4, 3), torch.zeros(2, 64, 4, 4), torch.zeros(2, 64, 
     ("eps 0", lambda: sinkhorn_divergence(x43, x43, eps=0)),
     ("iterations -1", lambda: sinkhorn_divergence(x43, x43, iterations=-1)),
     ("cost l1 cosine l2", lambda: sinkhorn_divergence(x43, x43, cost="l1")),
+    ("a (1,) 4", lambda: sinkhorn_plan(x43, a=torch.ones(1))),           # would broadcast
+    ("b (1,) 3", lambda: sinkhorn_plan(x43, b=torch.ones(1))),
+    ("a () 4", lambda: sinkhorn_divergence(x43, x43, a=torch.tensor(1.))),
     ("generated F=3 2", lambda: kl_divergence(x43, x43[:, :1].expand(4, 2))),
     ("generated F=3 1", lambda: kl_divergence(x43, x43[:, :1])),         # would broadcast
     ("divergence js ot kl", lambda: FeedbackUnit(64, 64, divergence="js")),
