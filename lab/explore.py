@@ -3,7 +3,8 @@
     python -m lab.explore explain RUN               one page of pictures, RUN/explain.png
     python -m lab.explore robustness RUN [RUN...]   error under changes and attacks: a table, a plot
 
-RUN is a folder of train.py, of any model and data set.  Several runs of one model are its seeds.
+RUN is a folder of train.py, of any model and data set.  Several runs of one model are its seeds;
+their table and plot lie beside the first.  robustness.jsonl only grows.
 """
 import json
 import math
@@ -18,14 +19,14 @@ import torch.nn.functional as F
 
 import encapnet
 from lab import figures
-from lab.checkpoint import run_folder
 from lab.config import Config, Parser, identity, number
-from lab.data import Data, fit_side, load_data, normalised
+from lab.data import Data, fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import call, classification_loss, environment, sample
+from lab.fit import classification_loss, environment
+from lab.measure import call, spread
 from lab.runtime import Problem, guarded, say, write_file
 from lab.tables import markdown
-from lab.use import trained
+from lab.use import test_data, trained
 
 
 class Trained(NamedTuple):
@@ -51,18 +52,13 @@ class Trained(NamedTuple):
         """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
         return call(self.net, self.config, normalised(x, self.data))[0]
 
-    def images(self, n):
-        """n test images (n, C, H, W) in [0, 1] and labels, spread over the whole test set."""
-        images, _, labels = sample(self, n)
-        return images.to(self.device), torch.tensor(labels, device=self.device)
-
 
 def load(path, device="auto"):
+    """path: a folder that train.py wrote, or a checkpoint in one"""
     config, state, net, device = trained({"resume": str(path), "device": device})
-    data = load_data(config, device)
-    if data.classes != state["data"]["classes"]:
-        raise Problem(f"{path}: its data set now has other classes than it was trained on")
-    return Trained(run_folder(path), config, net.requires_grad_(False), data, device)
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    data = test_data(config, state, device)
+    return Trained(folder, config, net.requires_grad_(False), data, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -118,11 +114,11 @@ def knows_poses(run):
 
 def draw_pose(run, figure, drawn=4000):
     images, labels, poses = draw_digits(drawn, train=False)             # files tell no poses
-    fits = {}
+    fits, legend = {}, []
     for r in filter(None, (run, run.beside)):
         x = fit_side(images, r.data.side).to(r.device).float() / 255
-        label = f"{figures.legible(r.folder.name, 150, 7)}, {r.size:,} weights"
-        fits[label] = r_squared(features(r, x, labels), poses, labels)
+        legend.append(f"{figures.legible(r.folder.name, 150, 7)}, {r.size:,} weights")
+        fits[str(r.folder)] = r_squared(features(r, x, labels), poses, labels)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     names, (_, alone) = list(POSE), next(iter(fits.values()))
     shown = left.imshow(alone.numpy(), cmap="viridis", vmin=0, aspect="auto")
@@ -130,16 +126,16 @@ def draw_pose(run, figure, drawn=4000):
     left.set(xticks=range(0, 16, 3), xlabel="dimension (of a CNN: principal component)")
     left.set_title("squared correlation, each alone", fontsize=9)
     figure.colorbar(shown, ax=left)
-    told = {name: together.tolist() for name, (together, _) in fits.items()}
-    draw_bars(right, names, told)
+    told = {folder: together.tolist() for folder, (together, _) in fits.items()}
+    draw_bars(right, names, legend, told.values())
     right.set_title("$R^2$ of a linear fit on 16 numbers, held out", fontsize=9)
-    return {name: dict(zip(names, shares, strict=True)) for name, shares in told.items()}
+    return {folder: dict(zip(names, shares, strict=True)) for folder, shares in told.items()}
 
 
-def draw_bars(axis, names, series):
-    """Groups of bars with their values on top.   series: {label: a number a name}, at most 3"""
-    for k, (label, values) in enumerate(series.items()):
-        places = [j + .27 * (k - (len(series) - 1) / 2) for j in range(len(names))]
+def draw_bars(axis, names, labels, series):
+    """Groups of bars with their values on top.   series: [a number a name] a label, at most 3"""
+    for k, (label, values) in enumerate(zip(labels, series, strict=True)):
+        places = [j + .27 * (k - (len(labels) - 1) / 2) for j in range(len(names))]
         drawn = axis.bar(places, values, .27, label=label, color=figures.COLOURS[k])
         axis.bar_label(drawn, fmt="%.2f", fontsize=7)
     axis.set_xticks(range(len(names)), names)
@@ -164,9 +160,9 @@ def capconvs(run):
 def draw_coefficients(run, figure, shown=3):
     layers = capconvs(run)
     layers = list(dict.fromkeys([layers[0], layers[len(layers) // 2]]))
-    x, numbers = run.images(60)[0], {}
+    x, numbers = spread(run, 60)[0], {}
     left, right = figure.subfigures(1, 2, width_ratios=(4, 1.3))
-    axes, spread = left.subplots(shown, 1 + 2 * len(layers)), right.subplots()
+    axes, density = left.subplots(shown, 1 + 2 * len(layers)), right.subplots()
     for axis, image in zip(axes[:, 0], x, strict=False):
         figures.show_image(axis, image)
     for k, layer in enumerate(layers):
@@ -176,15 +172,15 @@ def draw_coefficients(run, figure, shown=3):
         for c, (m, name) in enumerate(zip(pair, ("m1 master", "m2 aide"), strict=True)):
             label, column = f"{name}, {m.shape[-1]}x{m.shape[-1]}", axes[:, 1 + 2 * k + c]
             drawn = draw_maps(column, maps[c], label, vmin=maps.min(), vmax=maps.max())
-            spread.hist(m.flatten().numpy(), 60, histtype="step", density=True, label=label,
-                        color=figures.COLOURS[c], ls=("-", "--")[k])
+            density.hist(m.flatten().numpy(), 60, histtype="step", density=True, label=label,
+                         color=figures.COLOURS[c], ls=("-", "--")[k])
             numbers[label] = {"mean": m.mean().item(), "sd": m.std().item(),
                               "negative": (m < 0).double().mean().item()}
         left.colorbar(drawn, ax=list(column)).ax.tick_params(labelsize=7)
-    spread.axvline(1, color="0.5", lw=.8)
-    spread.set_title("all types; grey: where they start", fontsize=8)
-    spread.set_yticks([])
-    spread.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.5, -.12))
+    density.axvline(1, color="0.5", lw=.8)
+    density.set_title("all types; grey: where they start", fontsize=8)
+    density.set_yticks([])
+    density.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.5, -.12))
     return numbers
 
 
@@ -197,7 +193,7 @@ def match(a, b):
 def draw_feedback(run, figure, shown=4):
     def lengths(image):                                # mean over types, (B, H, W)
         return image.unflatten(1, (getattr(run.net, "types", 1), -1)).norm(dim=2).mean(1)
-    _, pairs = run.net.walk(run.net.stem(normalised(run.images(200)[0], run.data)))
+    _, pairs = run.net.walk(run.net.stem(normalised(spread(run, 200)[0], run.data)))
     units = list(zip(run.net.units, pairs, strict=True))
     both = [(low, unit.generate(high, low.shape[-2:])) for unit, (low, high) in units]
     told = [unit.told_apart(low).item() for unit, (low, _) in units]
@@ -210,7 +206,7 @@ def draw_feedback(run, figure, shown=4):
     draw_maps(below, lengths(both[0][1]), "generated, unit 1")
     axis, names = right.subplots(), [f"unit {k + 1}" for k in range(len(units))]
     draw_bars(axis, [f"{name}\n{share:.2f}" for name, share in zip(names, told, strict=True)],
-              series)
+              series, series.values())
     axis.set_title("correlation of generated and real", fontsize=9)
     axis.set_xlabel("number: share of variance between samples in the features that it compares;\n"
                     "near 0 all images look alike to the unit, and it feeds nothing back",
@@ -328,7 +324,7 @@ def measure(run, n, steps, restarts, budgets):
     def percent(wrong):
         return 100 * wrong.double().mean().item()
     generator = torch.Generator().manual_seed(0)                       # alike for every run
-    x, labels = run.images(n)
+    x, labels = spread(run, n)
     wrong = fooled(run, x, labels)
     errors = {"clean": {"0": percent(wrong)}}
     for kind, (_, strengths) in CHANGES.items():
@@ -387,7 +383,7 @@ def draw_robustness(groups, path):
 
 
 def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), device="auto"):
-    """Error on images moved, noised, attacked: table, robustness.jsonl and .png beside RUN."""
+    """Error under changes and attacks: table, RUN/robustness.png, .jsonl; of several, beside."""
     runs, lines, groups = [load(path, device) for path in runs], [], {}
     for run in runs:
         since = time.time()
@@ -406,10 +402,11 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), device=
         f"climbs the training loss, {steps} steps of 2.5 eps / {steps}, {restarts} restarts; PGD "
         f"margin the margin of unsquashed lengths or of logits, {2 * steps} steps of half that.\n")
     say(table(groups))
-    text, folder = "".join(json.dumps(line) + "\n" for line in lines), runs[0].folder.parent
-    write_file(folder / "robustness.jsonl", text.encode())
-    say(f"\nwrote {folder / 'robustness.jsonl'}")
-    draw_robustness(groups, folder / "robustness.png")
+    folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
+    path, text = folder / "robustness.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
+    write_file(path, (path.read_bytes() if path.exists() else b"") + text.encode())
+    say(f"\nwrote {path}")
+    draw_robustness(groups, path.with_suffix(".png"))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -92,10 +92,15 @@ def told_apart(run):
             for unit, (low, _) in zip(run.net.units, pairs, strict=True)]
 
 
+def spread(run, n):
+    """n test images (n, C, H, W) in [0, 1] and labels (n,), spread over the whole test set."""
+    last = len(run.data.test) - 1
+    return tested(run, torch.linspace(0, last, min(n, last + 1)).long())
+
+
 @torch.no_grad()
 def sample(run, n):
     """n test images in [0, 1], spread over all of them, the network's answers, the labels."""
-    x, labels = tested(run, torch.linspace(0, len(run.data.test) - 1,
-                                           min(n, len(run.data.test))).long())
+    x, labels = spread(run, n)
     answers = call(run.net.eval(), run.config, normalised(x, run.data))[0].argmax(1)
     return x.cpu(), answers.tolist(), labels.tolist()

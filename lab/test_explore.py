@@ -1,8 +1,9 @@
-"""explore: its pictures, its attacks, and the README's examples."""
+"""explore: its pictures, its attacks; the README's examples; how the rooms lie."""
 import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import encapnet
+import lab
 import train
-from conftest import HERE
+from conftest import HERE, state_of
 from lab import digits, explore, figures, fit, why
+from lab.measure import spread
 from lab.runtime import Problem
 
 SMALL = "encapnet-small --set types=2 --set dims=(1,1,2,2) --set feedback=2"
@@ -50,6 +53,20 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def fewer(monkeypatch):
     monkeypatch.setattr(explore, "draw_digits", lambda n, train: digits.draw_digits(100, train))
+
+
+def test_a_network_is_shown_test_images_as_it_was_in_training(runs, tmp_path):
+    """At the scale that its checkpoint names, whatever the training images are today."""
+    state = state_of(runs["cnn"])
+    state["data"]["mean"] += 0.1
+    state["data"]["std"] *= 2
+    torch.save(state, tmp_path / "older.pt")
+    run = explore.load(tmp_path / "older.pt")
+    assert run.folder == tmp_path and explore.load(runs["cnn"]).folder == runs["cnn"]
+    assert torch.equal(run.data.mean, state["data"]["mean"])
+    assert torch.equal(run.data.std, state["data"]["std"])
+    assert torch.equal(run.data.test.images, digits.draw_digits(40, train=False)[0])
+    assert len(run.data.train) == 1 and run.config.train_images == 32    # read, and trained on
 
 
 @pytest.mark.parametrize("name, panels", [("encapnet", [0, 1, 2]), ("em", [0]), ("cnn", [0])])
@@ -121,17 +138,26 @@ def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated
 
 
 def test_the_pose_panel_tells_what_each_runs_features_tell(runs, monkeypatch):
-    """Features that are some of the poses: those are told wholly, others not; no two runs mixed."""
-    run, cnn = (explore.load(runs[name]) for name in ("encapnet", "cnn"))
+    """Features that are some of the poses: those are told wholly, others not; no two runs mixed,
+
+    be they of one name and size in two folders.
+    """
+    run, cnn = (explore.load(runs[name])._replace(folder=Path(folder, "run"))
+                for name, folder in (("cnn", "a"), ("cnn", "b")))
     poses = digits.draw_digits(600, train=False)[2].double()
     known = {id(run.net): [0, 2], id(cnn.net): [1, 4]}
     monkeypatch.setattr(explore, "features", lambda r, x, labels: torch.cat(
         [poses[:, known[id(r.net)]], torch.randn(600, 14).double()], 1))
-    numbers = explore.draw_pose(run._replace(beside=cnn), Figure(layout="constrained"), 600)
+    figure = Figure(layout="constrained")
+    numbers = explore.draw_pose(run._replace(beside=cnn), figure, 600)
     told = {name: {factor for factor, share in found.items() if share > 0.99}
             for name, found in numbers.items()}
-    assert told == {f"encapnet, {run.size:,} weights": {"x", "rotation"},
-                    f"cnn, {cnn.size:,} weights": {"y", "shear"}}
+    assert told == {"a/run": {"x", "rotation"}, "b/run": {"y", "shear"}}
+    legend, = (axis.get_legend() for axis in figure.axes if axis.get_legend())
+    assert [text.get_text() for text in legend.get_texts()] == [f"run, {run.size:,} weights"] * 2
+    bars = [[bar.get_height() for bar in group.patches] for group in legend.axes.containers
+            if isinstance(group, matplotlib.container.BarContainer)]
+    assert bars == [list(found.values()) for found in numbers.values()]
     assert all(share < 0.7 for name, found in numbers.items() for factor, share in found.items()
                if factor not in told[name])
 
@@ -139,7 +165,7 @@ def test_the_pose_panel_tells_what_each_runs_features_tell(runs, monkeypatch):
 @pytest.mark.parametrize("n", [7, 40, 100])
 def test_images_looked_at_are_test_images_spread_over_all_of_them(n, runs):
     run = explore.load(runs["encapnet"])
-    images, labels = run.images(n)
+    images, labels = spread(run, n)
     assert len(images) == len(labels) == min(n, 40)
     place = [next(k for k, image in enumerate(run.data.test.images) if torch.equal(x, image / 255))
              for x in images]
@@ -158,7 +184,7 @@ def test_match_known_answers():
 def test_the_capsule_looked_at_is_the_right_class_s(runs):
     for name in ("encapnet", "em"):
         run = explore.load(runs[name])
-        x, labels = run.images(40)
+        x, labels = spread(run, 40)
         v = explore.features(run, x, labels).float()
         v = encapnet.squash(v) if name == "em" else v                  # a pose is not squashed
         torch.testing.assert_close(v.norm(dim=1), run.scores(x)[range(40), labels])
@@ -167,7 +193,7 @@ def test_the_capsule_looked_at_is_the_right_class_s(runs):
 def test_of_a_cnn_the_leading_principal_components_of_its_last_features_are_looked_at(runs):
     """Up to scale, which a linear fit does not see: the same as numpy's eigenvectors give."""
     run = explore.load(runs["cnn"])
-    x, labels = run.images(40)
+    x, labels = spread(run, 40)
     (given, *_), _ = explore.record(run, x, run.net.classes)
     given = given.double().numpy()
     values, vectors = np.linalg.eigh(np.cov(given.T))
@@ -296,7 +322,8 @@ def test_robustness_of_seeds_side_by_side(runs, capsys, monkeypatch):
                      for line in out.splitlines() if line.startswith("| "))
     assert header[1].endswith("dims=(1, 1, 2, 2) feedback=2 (2)")
     assert header[2] == "cnn-same width=0.1 loss=ce (1)"
-    lines = [json.loads(line) for line in (place / "robustness.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)
+             for line in (place / "robustness.jsonl").read_text().splitlines()[-3:]]
     assert [line["seed"] for line in lines] == [0, 1, 5] and lines[0]["images"] == 40
     seen = {row[0]: row[1:] for row in rows}
     for path, line in zip(paths, lines, strict=True):
@@ -337,9 +364,26 @@ def test_runs_of_other_settings_are_not_seeds_of_one(runs, capsys, monkeypatch):
         f"{first.name} (1)", f"{first.name} lam=5.0 (1)"]
 
 
+def test_results_of_one_run_lie_in_it_of_several_beside_and_none_is_lost(runs, monkeypatch):
+    drawn, one, two = [], runs["em"], runs["cnn"]
+    monkeypatch.setattr(explore, "measure", lambda *given: {"clean": {"0": 1.0}})
+    monkeypatch.setattr(explore, "draw_robustness", lambda groups, path: drawn.append(path))
+    beside = one.parent / "robustness.jsonl"
+    before = beside.read_text() if beside.exists() else ""
+    for asked in ([one], [two], [one, two], [two, one], [two]):
+        assert explore.main(["robustness", *map(str, asked), "--device", "cpu"]) == 0
+    def seeds(text):
+        return [json.loads(line)["seed"] for line in text.splitlines()]
+    assert seeds((one / "robustness.jsonl").read_text()) == [0]
+    assert seeds((two / "robustness.jsonl").read_text()) == [5, 5]
+    assert beside.read_text().startswith(before)
+    assert seeds(beside.read_text()[len(before):]) == [0, 5, 5, 0]
+    assert drawn == [folder / "robustness.png" for folder in (one, two, *[one.parent] * 2, two)]
+
+
 def test_a_network_that_is_always_wrong_is_wrong_under_attack(runs):
     run = explore.load(runs["encapnet"])
-    x, labels = run.images(40)
+    x, labels = spread(run, 40)
     run.data.test.labels = (1 + run.scores(x).argmax(1)) % 10
     errors = explore.measure(run, 40, 1, 1, (4,))
     assert errors["clean"]["0"] == errors["any attack"]["4"] == 100
@@ -377,6 +421,18 @@ def test_help_says_how_it_is_called_and_what_each_argument_does(room, words, cap
     assert len(out.splitlines()[2]) > 30                               # what it is for
     named = re.findall(r"(?m)^ {2,4}([-{]\S.*|RUN.*|explain.*|robustness.*)", out)
     assert len(named) >= 3 and all(re.search(r"\S  +\S", line) for line in named), named
+
+
+def test_the_list_of_rooms_is_complete_and_every_import_runs_to_its_right():
+    chain = lab.__doc__.split("\n\n")[1].split("->")
+    place = {room: k for k, rooms in enumerate(chain) for room in re.findall(r"\w+", rooms)}
+    files = [HERE / "train.py", *(file for file in (HERE / "lab").glob("*.py")
+                                  if not file.stem.startswith(("test_", "__")))]
+    assert sorted(place) == sorted(file.stem for file in files)
+    for file in files:
+        found = re.findall(r"^ *from lab(?:\.(\w+) import| import (.+))", file.read_text(), re.M)
+        for room in re.findall(r"\w+", " ".join(map(" ".join, found))):
+            assert place[file.stem] < place[room], (file.stem, room)
 
 
 @pytest.mark.parametrize("name, answer", [("FeedbackUnit", "loss"),

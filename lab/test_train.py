@@ -16,7 +16,7 @@ from PIL import Image
 import encapnet
 import train
 from conftest import FOLDER, HERE, assert_one_line, state_of
-from lab import bench
+from lab import bench, fit
 from lab.config import AUGMENT, DATASETS, config_key, make_config
 from lab.fit import learning_rate
 from lab.runtime import Problem, count, guarded
@@ -150,6 +150,17 @@ def test_test_only_repeats_the_result(trained, cli):
                         "--train-images 64"), "other classes")
 
 
+def test_test_only_reads_training_images_where_it_needs_them(trained, cli, pictures):
+    """Where they are what is tested, and to find one that can be read."""
+    done = cli(f"--resume {trained} --test-only --hold-out")             # of 32 every tenth
+    assert done.code == 0 and "3 images" in done.out
+    shutil.copytree(pictures, "holes")
+    for file in (f for name in ("bee", "cat") for f in Path("holes/train", name).iterdir()):
+        file.write_text("no image")
+    done = cli(f"--resume {trained} --test-only --data-path holes --unreadable skip")
+    assert done.code == 0 and "10 images" in done.out
+
+
 def test_predict(trained, cli, pictures):
     image = pictures / "test/bee/1.png"
     Image.open(image).convert("RGBA").save("clear.png")
@@ -170,7 +181,7 @@ def test_predict_a_folder_goes_on_after_an_image_that_cannot_be_read(trained, cl
     bad = [line for line in done.out.splitlines() if "cannot read" in line]
     assert len(done.out.splitlines()) == 8 and len(bad) == 3 and "notes" not in done.out
     Path("empty").mkdir()
-    assert_one_line(cli(f"--resume {trained} --predict empty"), "empty", code=1)
+    assert_one_line(cli(f"--resume {trained} --predict empty"), "no images in empty")
 
 
 def test_a_trained_network_in_another_program_says_what_predict_says(trained, cli, pictures):
@@ -186,6 +197,20 @@ def test_a_trained_network_in_another_program_says_what_predict_says(trained, cl
     pixels = torch.tensor(np.array(Image.open(image))).permute(2, 0, 1) / 255
     want = (pixels - state["mean"].view(3, 1, 1)) / state["std"].view(3, 1, 1)
     torch.testing.assert_close(transform(image)[0], want)
+
+
+def test_load_leaves_the_other_program_s_settings_alone(trained, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")                                # its own processes
+    monkeypatch.setattr(fit, "join_processes", lambda backend: pytest.fail("joined"))
+    net, _, _ = load(trained, device="meta", deterministic=True)
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_test_only_of_a_deterministic_run_is_one(trained, cli, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    assert cli(f"--resume {trained} --test-only --deterministic").code == 0 and asked == [True]
 
 
 def test_the_readme_s_example_of_a_trained_network_runs(trained, cli, pictures):

@@ -10,28 +10,39 @@ from lab.data import grey, load_data
 from lab.fit import Run, make_model, start
 from lab.folders import SUFFIXES, decode
 from lab.measure import evaluate
-from lab.runtime import Problem, count, reason, say
+from lab.runtime import Problem, count, pick_device, reason, say
 
 
 def trained(given):
     """The run of --resume, for looking at -> config, checkpoint, network in eval mode, device."""
     state = load_checkpoint(given["resume"])
     config = Config(**merge(state["config"], given))
-    device = start(config)
+    device = pick_device(config.device)                   # a host program keeps its settings
     channels = len(state["data"]["mean"])
     net = make_model(config, len(state["data"]["classes"]), channels)
     load_weights(net, state, given["resume"])
     return config, state, net.to(device).eval(), device
 
 
+def test_data(config, state, device):
+    """Data to test a trained network on: other images will do, at the scale of those it learned.
+
+    One training image is read at most, but where more are needed to know which images are tested
+    or whether one can be read.
+    """
+    if not config.hold_out and config.unreadable != "skip":
+        config = dataclasses.replace(config, train_images=1)
+    data, then = load_data(config, device), state["data"]
+    if data.classes != then["classes"]:
+        raise Problem(f"{data.name} has other classes than the data the network was trained on")
+    return dataclasses.replace(data, mean=then["mean"].to(device), std=then["std"].to(device))
+
+
 def test_only(given):
     """Test error of a trained network, on its own data or, with --data-path, on other like it."""
     config, state, net, device = trained(given)
-    data = load_data(config, device)
-    if data.classes != state["data"]["classes"]:
-        raise Problem(f"{data.name} has other classes than the data the network was trained on")
-    data = dataclasses.replace(data, mean=state["data"]["mean"].to(device),
-                               std=state["data"]["std"].to(device))
+    start(config)
+    data = test_data(config, state, device)
     run = Run(config, data, device, net, net, None, {})
     test = evaluate(run, config.augment != "none")
     top5 = f"top-5 {test['top5_error']:.2f} %, " * (len(data.classes) > 5)
@@ -60,6 +71,8 @@ def predict(paths, given):
     net, classes, transform = load(given.pop("resume"), **given)
     files = [file for path in map(Path, paths) for file in (sorted(
         f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path])]
+    if not files:
+        raise Problem(f"no images in {', '.join(paths)[:200]}")
     bad = 0
     for file in files:
         try:
@@ -71,5 +84,5 @@ def predict(paths, given):
         values, order = (scores.softmax(0) if net.logits else scores).sort(descending=True)
         print(f"{file}:", ", ".join(f"{classes[k]} {value:.3f}" for k, value in zip(
             order[:10].tolist(), values.tolist(), strict=False)))
-    if bad or not files:
+    if bad:
         raise Problem(f"{bad} of {len(files)} images cannot be read: {', '.join(paths)[:200]}", 1)

@@ -15,7 +15,8 @@ import encapnet
 from lab.config import Parser, make_config, number
 from lab.data import load_data, normalised, shuffle, views
 from lab.figures import COLOURS, canvas, save_figure
-from lab.fit import build_run, call, classification_loss, environment, learning_rate, start
+from lab.fit import build_run, classification_loss, environment, learning_rate, start
+from lab.measure import call
 from lab.runtime import RUNS, guarded, say, write_file
 
 FORMS = {"log p standardised": "both", "log p as it is": "cost"}    # of EM routing
