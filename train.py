@@ -181,8 +181,14 @@ def check_commands(commands, given):
     if "model" in given or "resume" in given:
         raise Problem("--table and --figure choose the models and resume by themselves: "
                       "no --model, no --resume")
-    if commands.get("figure") == 2 and commands.get("seeds", 1) > 1:
-        raise Problem("--figure 2 shows one run of each routing: no --seeds")
+    if "table" in commands and "output_dir" in given:
+        raise Problem("--table keeps its runs in runs/: no --output-dir")
+    if commands.get("table") == 2 and {"row", "seeds"} & set(commands):
+        raise Problem("--table 2 is of networks, without a run: no --row, no --seeds")
+    if commands.get("figure", 4) != 4 and commands.get("seeds", 1) > 1:
+        shown = FIGURES[commands["figure"]][1] and "one run of each routing"
+        raise Problem(f"--figure {commands['figure']} shows {shown or 'what its table has run'}: "
+                      "no --seeds")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):

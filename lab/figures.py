@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from lab.runtime import say, write_file
+from lab.runtime import Problem, say, write_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")    # Okabe and Ito's, colour-blind safe
 PALETTE = (*COLOURS, "#E69F00", "#56B4E9", "#000000")      # the rest of them
@@ -168,40 +168,56 @@ def draw_series(axis, series, bars=interval, **labels):
     """Lines with bars.   series: {label: {x: [values]}};  bars: values -> middle, half a bar"""
     for k, (label, points) in enumerate(series.items()):
         middles, halves = zip(*map(bars, points.values()), strict=True)
-        axis.errorbar(list(points), middles, halves, marker="osD^vPX"[k % 7], ms=4, capsize=2,
+        axis.errorbar(list(points), middles, halves, marker="osD^vPX<>"[k % 9], ms=4, capsize=2,
                       color=PALETTE[k % 7], label=label)
     axis.set(**labels)
     axis.grid(alpha=0.3)
 
 
 def draw_few(parts, path):
-    """Paired difference to the row without feedback, seed by seed, against the number of images."""
-    rows = dict(parts[0])
-    base = rows.pop("no feedback")
-    gains = {row: {int(images): [e - base[images][seed] for seed, e in errors.items()
-                                 if seed in base[images]]
-                   for images, errors in cells.items() if images in base}
-             for row, cells in rows.items()}
+    """Paired difference to the row without feedback, seed by seed, against the number of images.
+
+    parts: [(data, {row: {column: {seed: error}}}), ...]; drawn are rows of the first with a line
+    """
+    data, rows = parts[0]
+    base, gains = rows.get("no feedback", {}), {}
+    for row, cells in rows.items():
+        for images, errors in cells.items():
+            pairs = [error - base[images][seed] for seed, error in errors.items()
+                     if seed in base.get(images, {})]
+            if pairs and row != "no feedback":
+                gains.setdefault(row, {})[int(images)] = pairs
+    if not gains:
+        raise Problem("the row 'no feedback' and another with its seeds and images are missing: "
+                      "python train.py --table few --seeds 3", 1)
+    gains = {row: points for row, points in gains.items() if len(points) > 1} or gains
     figure, axes = canvas(1, 1, width=7, height=3.6)
-    draw_series(axes[0, 0], gains, xscale="log", xlabel="training images",
+    draw_series(axes[0, 0], gains, title=legible(data), xscale="log", xlabel="training images",
                 ylabel="error, less that without feedback\n(points of %, mean and 95 % interval)")
     ticks = [int(images) for images in base]
     axes[0, 0].set_xticks(ticks, map(str, ticks))
+    axes[0, 0].minorticks_off()
     axes[0, 0].axhline(0, color="0.5", lw=0.8)
     axes[0, 0].legend(fontsize=8)
     save_figure(figure, path)
 
 
 def draw_routing(parts, path):
-    """Error against routing iterations, a panel a size of image."""
-    parts = {size: rows for size, rows in zip(("16x16", "32x32"), parts, strict=False) if rows}
+    """Error against routing iterations, a panel a part whose rows are their number.
+
+    parts: [(data, {row: {column: {seed: error}}}), ...]
+    """
+    parts = [(data, rows) for data, rows in parts if rows and all(map(str.isdigit, rows))]
+    if not parts:
+        raise Problem("the rows 1, 2, 3 and 5 are missing: "
+                      "python train.py --table routing --seeds 3", 1)
     figure, axes = canvas(1, len(parts), width=5 * len(parts), height=3.6)
-    for axis, (size, rows) in zip(axes[0], parts.items(), strict=True):
+    for axis, (data, rows) in zip(axes[0], parts, strict=True):
         series = {}
         for iterations, cells in rows.items():
             for column, errors in cells.items():
                 series.setdefault(column, {})[int(iterations)] = list(errors.values())
-        draw_series(axis, series, title=f"MNIST at {size}", xlabel="routing iterations",
+        draw_series(axis, series, title=legible(data), xlabel="routing iterations",
                     ylabel="error (%), mean and 95 % interval", xticks=(1, 2, 3, 5))
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(fontsize=8)

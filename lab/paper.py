@@ -145,9 +145,11 @@ TABLES |= {
         "the feedback unit where images are few: MNIST at 16x16, a column a number of training "
         "images, drawn anew for every seed", FEW, FEW_SIZES,
         {"no feedback": {}, "no feedback, rate 1e-3": dict(lr=1e-3),
+         "no feedback, rate 1e-2": dict(lr=1e-2),
          **{f"OT, lambda {lam:g}": dict(lam=lam) for lam in (1.0, 10.0, 30.0)},
          "KL, lambda 10": dict(lam=10.0, set=dict(divergence="kl")),
-         "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+")}), study(
+         "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+"),
+         "OT, lambda 10, rate 1e-2": dict(lam=10.0, lr=1e-2)}), study(
         "which part of the unit: 200 images, lambda 10", dict(FEW, lam=10.0),
         {"200": FEW_SIZES["200"]},
         {"no bias fix (d1)": dict(set=dict(bias_fix=False)),

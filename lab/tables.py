@@ -4,6 +4,7 @@ Rows are those of paper.py; results are the lines of results/*.jsonl and of runs
 """
 import dataclasses
 import json
+import os
 import re
 import shlex
 import statistics
@@ -42,7 +43,7 @@ def read_lines(*files):
     for file in files:
         for n, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
             try:
-                entry = json.loads(line.replace("CPU, 1 threads", "CPU, 1 thread"))  # old spelling
+                entry = json.loads(line)
             except ValueError:
                 entry = None
             if isinstance(entry, dict):
@@ -99,7 +100,13 @@ def part_columns(part, given):
 
 
 def part_cells(part, given):
-    """{(row, column): Config} of every cell that the paper fills by a run."""
+    """{(row, column): Config} of every cell that the paper fills by a run.
+
+    --data-path is where data sets are: a part on a folder of its own finds it there by its name.
+    """
+    if "data_path" in given and "dataset" not in given and "data_path" in part.base:
+        own = Path(given["data_path"]) / Path(part.base["data_path"]).name
+        given = {**given, "data_path": str(own)}
     return {(name, column): row_config(part.base, about, changes, given)
             for name, changes, paper in part.rows if changes is not None
             for column, about in part_columns(part, given).items()
@@ -172,7 +179,9 @@ def measure_costs(part, given):
 def show_table(number, only, seeds, given):
     """Run what a table lacks, print it, keep it in runs/table-N.md."""
     parts, runs = asked_parts(number, given, only), read_results(OWN)[0]
-    if number == 1 and rank() == 0:
+    if number == 1 and "WORLD_SIZE" in os.environ:       # a child would join torchrun's processes
+        say("memory and time are measured without torchrun: python train.py --table 1")
+    elif number == 1:
         measure_costs(parts[0], given)
     failures = obtain_all([(", ".join(cell), config) for part in parts
                            for cell, config in part_cells(part, given).items()], seeds, runs)
@@ -206,15 +215,14 @@ def show_figure(number, seeds, given):
 
 def show_study(name, given, runs, target):
     """Draw a study from what its table has run: nothing is trained here."""
-    parts = []                                       # {row: {column: {seed: error}}}
+    parts = []                                       # (data, {row: {column: {seed: error}}})
     for part in asked_parts(name, given):
-        parts.append({})
+        rows = {}
         for (row, column), config in part_cells(part, given).items():
             if errors := {line["seed"]: line["error"] for line in of_seeds(config, runs)
                           if line["error"] is not None}:
-                parts[-1].setdefault(row, {})[column] = errors
-    if not parts[0]:
-        raise Problem(f"nothing has been run yet: python train.py --table {name} --seeds 3", 1)
+                rows.setdefault(row, {})[column] = errors
+        parts.append((f"{data_name(config)} at {config.image_size}x{config.image_size}", rows))
     if rank() == 0:
         {"few": draw_few, "routing": draw_routing}[name](parts, target)
 
@@ -293,22 +301,26 @@ def changes_told(changes):
 
 
 def caption(part, configs, given):
-    """What was run: of a study, what the command line changes in it."""
+    """The error, and what the command line changes; of the paper's tables also data and epochs."""
     if not configs:
         return "Test error in %"
-    config, changes = next(iter(configs.values())), dict(given.get("set", {}))
+    config = next(iter(configs.values()))
+    error = f"{'Held-out' if config.hold_out else 'Test'} error in %"
+    known = {**identity(config), "epochs": config.epochs}
+    elsewhere = {"set", "hold_out"}
+    if not part.study:
+        elsewhere |= {"dataset", "train_images", "epochs", "recipe"}
+    changes = {name: known[name] for name in given if name in known and name not in elsewhere}
+    changes |= given.get("set", {})
     if part.study:
-        known = {**identity(config), "epochs": config.epochs}
-        asked = {name: known[name] for name in given if name in known and name != "set"}
-        return f"Error in %{changes_told({**asked, **changes})}"
+        return error + changes_told(changes)
     if config.lam != Config.lam and len({config.lam for config in configs.values()}) == 1:
         changes["lam"] = config.lam
     data = data_name(config) if "dataset" in given else "the paper's data"
     if config.train_images:
         data += f", {count(config.train_images, 'training image')}"
     fast = " (recipe fast: not the paper's schedule)" if config.recipe == "fast" else ""
-    return (f"Test error in %; ours: {data}, {count(config.epochs, 'epoch')}{fast}"
-            f"{changes_told(changes)}")
+    return f"{error}; ours: {data}, {count(config.epochs, 'epoch')}{fast}{changes_told(changes)}"
 
 
 def render_costs(part, given, benches):
@@ -316,21 +328,18 @@ def render_costs(part, given, benches):
     rows = []
     for name, changes, paper in part.rows:
         megabits, memory, batch, seconds = paper["cost"]
-        known = bench.costs_of(row_config(CIFAR10, changes, given), benches)
-        lines = [b for b in known if b["batch"] == batch]
-        ours, device = ["–"] * 4, "–"
+        lines = [line for line in bench.costs_of(row_config(CIFAR10, changes, given), benches)
+                 if line["batch"] == batch]
+        ours = ["–"] * 4
         if lines:
-            device = lines[-1]["device"]
-            biggest = max((b for b in known if b["device"] == device), key=lambda b: b["batch"])
-            ours = [f"{lines[-1]['parameters'] * 32 / 1e6:.2f}", f"{lines[-1]['memory_MB']:,.0f}",
-                    f"{biggest['memory_MB']:,.0f} ({biggest['batch']})",
-                    f"{lines[-1]['step_seconds']:.3f}"]
-        rows.append([name, batch, megabits, ours[0], f"{memory:,}", *ours[1:3], seconds, ours[3],
-                     device])
+            last = lines[-1]
+            ours = [f"{last['parameters'] * 32 / 1e6:.2f}", f"{last['memory_MB']:,.0f}",
+                    f"{last['step_seconds']:.3f}", last["device"]]
+        rows.append([name, batch, megabits, ours[0], f"{memory:,}", ours[1], seconds, *ours[2:]])
     return ("**Table 1: cost.** Runtime: forward and backward of a batch"
             f"{changes_told(given.get('set', {}))}.\n\n") + markdown(
         ["", "batch", "Mb of parameters: paper", "ours", "MB of memory: paper", "ours",
-         "ours, largest batch run", "s a batch: paper", "ours", "device"], rows)
+         "s a batch: paper", "ours", "device"], rows)
 
 
 def architecture(name, given):

@@ -52,12 +52,13 @@ def test_a_table_runs_and_stands_beside_the_papers(cli, quick):
     text = done.out[done.out.index("**Table"):]
     cells = numbers(text, "4")
     assert cells[0] == "14.25" and re.search(r"\d|fail", cells[1]), cells
-    assert "1 seed, 1 epoch, CPU" in cells[-1] and "8 training images, 1 epoch, types=1." in text
+    assert "1 seed, 1 epoch, CPU" in cells[-1]
+    assert ("; ours: pictures, 8 training images, 1 epoch, test_images=6, batch_size=4, "
+            "types=1.\n") in text
     assert cells[2] == "–"                                             # other data than the paper's
     assert text.count("**Table 5") == 1 and text.count("\n| ") == 3    # no row that was not asked
     again = cli(table)
     assert again.code == 0 and "---" not in again.out.split("**Table")[0]     # nothing run twice
-    text = text.replace("1 threads", "1 thread")                       # as it is read again
     assert again.out[again.out.index("**Table"):] == text
     assert Path("runs/table-5.md").read_text().strip() == text.strip()
 
@@ -213,10 +214,20 @@ def test_a_whole_table_in_miniature(number, cli, quick):
 def test_table_1_measures_cost(cli, quick):
     text = cli(f"--table 1 {MINIATURE} --set types=1 --row '(c)'").out
     cost = numbers(text, "(c) vanilla CNN, same shape")
-    assert cost[0] == "128" and float(cost[2]) < 24.44 and "CPU" in cost[8], cost
+    assert cost[0] == "128" and float(cost[2]) < 24.44 and "CPU" in cost[7], cost
     lines = map(json.loads, Path("runs/results.jsonl").read_text().splitlines())
     benches = [line["bench"] for line in lines if "bench" in line]
     assert [b["batch"] for b in benches] == [128]
+
+
+def test_under_torchrun_table_1_runs_without_its_costs(cli, faked, monkeypatch):
+    """A process of theirs would inherit rank and world, and join."""
+    asked = faked()
+    monkeypatch.setattr(bench, "in_a_process", lambda *given: pytest.fail("a child"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = cli(f"--table 1 {MINIATURE} --row '(c)'")
+    assert done.code == 0 and len(asked) == 1, done
+    assert done.out.count("without torchrun") == 1
 
 
 def test_table_2_is_the_built_network(cli):
@@ -522,11 +533,23 @@ def test_captions_tell_what_was_asked_and_the_weight_that_all_columns_share(cli)
     words = "--dataset digits --set types=4 --lam 0.5 --epochs 1 --batch-size 8 --device cpu"
     lam, few, three, four = reported(cli, f"table lambda {words}", f"table few/2 {words}",
                                      "table 3 --dataset digits", "table 3")
-    assert "Error in %, dataset=digits, lam=0.5, batch_size=8, epochs=1, types=4.\n" in lam
-    assert "Error in %, dataset=digits, lam=0.5, batch_size=8, epochs=1, types=4.\n" in few
+    asked = " error in %, dataset=digits, lam=0.5, batch_size=8, epochs=1, types=4.\n"
+    assert f".** Held-out{asked}" in lam
+    assert f".** Test{asked}" in few
     assert [line.endswith(", 2 epochs, lam=0.1.") for line in three.splitlines()
             if line.startswith("**")] == [True, True, False]
     assert "lam" not in four.split("**Table 3: what")[0]               # the paper's 10
+
+
+def test_captions_of_the_papers_tables_tell_every_flag_that_decides_a_result(cli):
+    words = ("--dataset digits --train-images 64 --epochs 3 --lr 0.5 --schedule steps --hold-out "
+             "--batch-size 8 --clip 0 --image-size 16 --test-images 9 --set types=4 --lam 0.5 "
+             "--recipe fast --device cpu")
+    text, plain = reported(cli, f"table 3/1 {words}", "table 3/1 --lr 0.5")
+    assert (".** Held-out error in %; ours: digits, 64 training images, 3 epochs (recipe fast: not "
+            "the paper's schedule), image_size=16, test_images=9, lam=0.5, lr=0.5, batch_size=8, "
+            "clip=0.0, schedule=steps, types=4.\n") in text
+    assert ".** Test error in %; ours: the paper's data, 600 epochs, lr=0.5.\n" in plain
 
 
 def test_a_row_that_is_quoted_alone_is_printed_alone(cli):
@@ -537,7 +560,8 @@ def test_a_row_that_is_quoted_alone_is_printed_alone(cli):
 
 def test_a_row_of_a_study_tells_each_way_that_it_was_run_once(cli):
     """And a dash for what has not been."""
-    cells = {column: config for (_, column), config in part_cells(TABLES["few"][0], {}).items()}
+    cells = {column: config for (row, column), config in part_cells(TABLES["few"][0], {}).items()
+             if row == "shifts (+)"}
     published(result(cells["200"], 0), result(cells["200"], 1), result(cells["500"], 0))
     text, = reported(cli, "table few/1")
     *shown, how = numbers(text, "shifts (+)")
@@ -551,11 +575,10 @@ def test_costs_are_of_the_same_settings_and_device(cli):
                 step_seconds=1., device="H100")
     others = [{**line, "amp": True, "memory_MB": 1.}, {**line, "image_size": 64, "memory_MB": 2.},
               {**line, "model": "cnn-similar", "memory_MB": 3.},
-              {**line, "batch": 4096, "device": "CPU", "memory_MB": 777.}]
+              {**line, "batch": 4096, "memory_MB": 777.}]
     published(*({"bench": each} for each in (line, *others)))
     cells = numbers(reported(cli, "table 1")[0], "(c) vanilla CNN, same shape")
-    assert cells[:9] == ["128", "24.44", "32.00", "1,652", "100", "100 (128)", "0.026", "1.000",
-                         "H100"]
+    assert cells[:8] == ["128", "24.44", "32.00", "1,652", "100", "0.026", "1.000", "H100"]
 
 
 def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
@@ -571,7 +594,9 @@ def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
 @pytest.mark.parametrize("words, told", [
     ("--check", "--check"), ("--row x", "--row"), ("--seeds 3", "--seeds"),
     ("--table 3 --figure 4", "one at a time"), ("--figure 2 --seeds 2", "--seeds"),
-    ("--bench network --model encapnet6 --amp", "--amp, --model"), ("--list --seeds 2", "--seeds")])
+    ("--bench network --model encapnet6 --amp", "--amp, --model"), ("--list --seeds 2", "--seeds"),
+    ("--table 3 --output-dir there", "--output-dir"), ("--table 2 --row x", "no --row"),
+    ("--table 2 --seeds 3", "no --seeds"), ("--figure few --seeds 3", "its table has run")])
 def test_flags_without_effect_are_refused(words, told, cli):
     assert_one_line(cli(words), told)
 
@@ -643,6 +668,8 @@ def test_rows_of_the_study_of_few_images_build_what_they_are_called():
     few, parts, photographs = TABLES["few"]
     usual = dict(lam=0.0, lr=3e-3, weight_decay=5e-4, augment="none", divergence="ot")
     changed = {"no feedback": {}, "no feedback, rate 1e-3": dict(lr=1e-3),
+               "no feedback, rate 1e-2": dict(lr=1e-2),
+               "OT, lambda 10, rate 1e-2": dict(lam=10.0, lr=1e-2),
                "OT, lambda 1": dict(lam=1.0), "OT, lambda 10": dict(lam=10.0),
                "OT, lambda 30": dict(lam=30.0),
                "KL, lambda 10": dict(lam=10.0, divergence="kl"),
@@ -677,6 +704,21 @@ def test_photographs_keep_to_their_own_data(words, blocks):
     assert len(asked_parts("few", words)) == blocks
 
 
+@pytest.mark.parametrize("words, paths", [
+    ({}, ["data", "data", "data/cifar10-jpeg"]),
+    ({"data_path": "my/sets"}, ["my/sets", "my/sets", "my/sets/cifar10-jpeg"]),
+    ({"dataset": "folder", "data_path": "here"}, 3 * ["here"])])
+def test_photographs_are_found_beside_the_other_data_sets(words, paths):
+    """Wherever those are, the results are the same."""
+    cells = [part_cells(part, words) for part in asked_parts("few", words)]
+    assert [{config.data_path for config in found.values()} for found in cells] == \
+        [{path} for path in paths]
+    if "dataset" not in words:
+        for part, found in zip(TABLES["few"], cells, strict=True):
+            assert {cell: config_key(config) for cell, config in found.items()} == \
+                {cell: config_key(config) for cell, config in part_cells(part, {}).items()}
+
+
 def test_the_study_of_lambda_sees_no_test_image():
     rows = [(row, config.lam, config.hold_out, config.model)
             for row, _, config in cells_of(TABLES["lambda"][0])]
@@ -686,15 +728,54 @@ def test_the_study_of_lambda_sees_no_test_image():
 def test_studies_draw_paired_differences_and_errors(monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
-    few = {"no feedback": {"200": {0: 10.0, 1: 30.0}}, "OT, lambda 1": {"200": {0: 9.0, 1: 27.0}},
-           "KL, lambda 10": {"200": {1: 31.0, 2: 50.0}}}                # seed 2 has no partner
-    figures.draw_few([few], None)
+    few = {"no feedback": {"200": {0: 10.0, 1: 30.0}, "500": {0: 8.0}},
+           "OT, lambda 1": {"200": {0: 9.0, 1: 27.0}, "1000": {0: 1.0}},
+           "KL, lambda 10": {"200": {1: 31.0, 2: 50.0}, "500": {1: 3.0}},   # of some no partner
+           "shifts (+)": {"200": {7: 1.0}}}
+    figures.draw_few([("some data", few)], None)
+    few["weight decay 5e-3"] = {"200": {0: 12.0}, "500": {0: 5.0}}      # a line leaves points out
+    figures.draw_few([("some data", few)], None)
     routing = {"1": {"EM": {0: 8.0, 1: 6.0}}, "3": {"EM": {0: 5.0, 1: 5.0}, "dynamic": {0: 9.0}}}
-    figures.draw_routing([routing, {}], None)
+    figures.draw_routing([("nothing", {}), ("some data", routing),
+                          ("over j", {"over j": routing["1"]})], None)
     found = [{line.get_label(): list(zip(*line[0].get_data(), strict=True))
               for line in figure.axes[0].containers} for figure in drawn]
     assert found == [{"OT, lambda 1": [(200, -2)], "KL, lambda 10": [(200, 1)]},
+                     {"weight decay 5e-3": [(200, 2), (500, -3)]},
                      {"EM": [(1, 7), (3, 5)], "dynamic": [(3, 9)]}]
+    assert [[axis.get_title() for axis in figure.axes] for figure in drawn] == 3 * [["some data"]]
+    assert [drawn[1].axes[0].get_xticks(minor=minor).tolist() for minor in (False, True)] == \
+        [[200, 500], []]
+
+
+def test_a_study_draws_what_has_been_run_and_names_what_is_missing(cli, drawn):
+    """Each step publishes more; a figure of one block needs no other."""
+    few, parts, _ = (part_cells(part, {}) for part in TABLES["few"])
+    base, lone = few["no feedback", "200"], result(few["OT, lambda 10", "200"])
+    other = result(parts["two units", "200"])
+    for lines in ([], [other], [lone], [result(base), other], [lone, result(base, seed=1)]):
+        published(*lines)
+        assert_one_line(cli("--figure few"), "'no feedback'", "--table few --seeds 3", code=1)
+    published(lone, result(base))
+    assert cli("--figure few").code == 0
+    small, large, over_j = (cells_of(part)[0][2] for part in TABLES["routing"])
+    published(result(over_j))
+    assert_one_line(cli("--figure routing"), "rows 1, 2", "--table routing --seeds 3", code=1)
+    published(result(large), result(over_j))
+    assert cli("--figure routing").code == 0
+    digits = part_cells(TABLES["routing"][0], {"dataset": "digits", "image_size": 24})
+    published(result(next(iter(digits.values()))))
+    assert cli("--figure routing --dataset digits --image-size 24").code == 0
+    assert [[axis.get_title() for axis in figure.axes] for figure in drawn] == [
+        ["mnist at 16x16"], ["mnist at 32x32"], ["digits at 24x24"]]
+
+
+def test_no_two_series_of_a_plot_look_alike():
+    """As many as the study of few images has rows."""
+    _, ((axis,),) = figures.canvas(1, 1)
+    figures.draw_series(axis, {str(k): {1: [2.0]} for k in range(len(TABLES["few"][0].rows))})
+    looks = {(line[0].get_marker(), line[0].get_color()) for line in axis.containers}
+    assert len(looks) == len(TABLES["few"][0].rows)
 
 
 def test_an_interval_is_student_s():
