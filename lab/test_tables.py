@@ -667,9 +667,12 @@ def test_rows_of_the_study_of_routing_build_what_they_are_called():
 def test_rows_of_the_study_of_few_images_build_what_they_are_called():
     few, parts, photographs = TABLES["few"]
     usual = dict(lam=0.0, lr=3e-3, weight_decay=5e-4, augment="none", divergence="ot")
-    changed = {"no feedback": {}, "no feedback, rate 1e-3": dict(lr=1e-3),
-               "no feedback, rate 1e-2": dict(lr=1e-2),
-               "OT, lambda 10, rate 1e-2": dict(lam=10.0, lr=1e-2),
+    changed = {"no feedback": {}, "no feedback, rate 0.001": dict(lr=1e-3),
+               "no feedback, rate 0.01": dict(lr=1e-2), "no feedback, rate 0.03": dict(lr=3e-2),
+               "no feedback, rate 0.1": dict(lr=0.1),
+               "OT, lambda 10, rate 0.01": dict(lam=10.0, lr=1e-2),
+               "OT, lambda 10, rate 0.03": dict(lam=10.0, lr=3e-2),
+               "OT, lambda 10, rate 0.1": dict(lam=10.0, lr=0.1),
                "OT, lambda 1": dict(lam=1.0), "OT, lambda 10": dict(lam=10.0),
                "OT, lambda 30": dict(lam=30.0),
                "KL, lambda 10": dict(lam=10.0, divergence="kl"),
