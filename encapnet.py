@@ -1002,6 +1002,15 @@ checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
                      preserve_rng_state=False)
 
 
+def pool(u, query, b0, softmax):
+    """sum_p c_ij u_i:  u (B, G, P, e), query (B, G, e, j) -> (B, G, e, j)"""
+    b = u @ query + b0                                                   # (B, G, P, j)
+    if softmax == "out":
+        return u.mT @ b.softmax(-1)
+    c = (b - b.detach().amax((1, 2), keepdim=True)).exp()                # not yet normalised
+    return u.mT @ c / c.sum((1, 2), keepdim=True)                        # here (e, j), not (P, j)
+
+
 def dynamic_rounds(u, W, b0, iterations, softmax):
     """dynamic_routing of a block of samples and higher capsules.
 
@@ -1011,13 +1020,7 @@ def dynamic_rounds(u, W, b0, iterations, softmax):
     W = W.permute(2, 0, 1, 3).flatten(1, 2)                              # (j, G*e, d)
     query, V = u.new_zeros(B, G, e, W.shape[0]), 0
     for r in range(iterations):
-        b = u @ query + b0                                               # (B, G, P, j)
-        if softmax == "out":
-            pooled = u.mT @ b.softmax(-1)                                # sum_p c_ij u_i
-        else:                       # divided after pooling: a sum over (e, j) instead of (P, j)
-            c = (b - b.detach().amax((1, 2), keepdim=True)).exp()
-            pooled = u.mT @ c / c.sum((1, 2), keepdim=True)              # (B, G, e, j)
-        v = squash(pooled.flatten(1, 2).permute(2, 0, 1) @ W)            # (j, B, d)
+        v = squash(pool(u, query, b0, softmax).flatten(1, 2).permute(2, 0, 1) @ W)  # (j, B, d)
         if r < iterations - 1:
             V = V + v
             query = (V @ W.mT).permute(1, 2, 0).unflatten(1, (G, e)).contiguous()
