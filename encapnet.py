@@ -33,7 +33,7 @@ Deviations from the print or the released code, and readings, explained where th
     2  aide of 3x3, own type out ..... CapConv           7  softmaxed features .... kl_divergence
     3  generator a type, extractor ... FeedbackUnit      8  scale of weights ..... RoutedCapsules
     4  softmax over i ................ dynamic_routing   9  stem, vanilla generator .... EncapNet
-    5  EM standardised over j ........ em_routing
+    5  EM standardised over j ........ em_routing       10  EM's activations, scores ....... CapNet
 """
 import inspect
 import math
@@ -235,7 +235,8 @@ def spread_loss(lengths, target, margin):
 
 
 def needs_votes():
-    """Exported, a loop over blocks of samples would fix the batch; torch.func has no checkpoint."""
+    """While exporting, as a loop over blocks would fix the batch; under torch.func, as checkpoint
+    does not work there."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)     # torch 2.6
     return exporting() or torch._C._are_functorch_transforms_active()
 
@@ -837,8 +838,8 @@ class CapNet(Network):
 
     routing, iterations, softmax, normalise, b_init, factored: as RoutedCapsules
     fifth_conv: one more 3x3 convolution before the capsules, as deep as the other rows of Table 1
-    EM: the activation of a lower capsule is the sigmoid, not the released ReLU, of BatchNorm of a
-    convolution; a class score is |squash(mu)|.
+    Deviation 10: the activation of a lower capsule of EM is the sigmoid, not the released ReLU, of
+    BatchNorm of a convolution; a class score is |squash(mu)|, not the activation.
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32, routing="dynamic",

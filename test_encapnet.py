@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 import re
+import weakref
 from functools import partial
 
 import numpy as np
@@ -17,6 +18,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import encapnet
 from encapnet import (
@@ -512,6 +515,39 @@ def test_routing_without_votes_keeps_nothing_of_their_size(kind, monkeypatch):
     assert 0 < sum(kept.values()) < pairs
     with pytest.raises(AssertionError, match="votes were built"):
         routed(kind, P=1)[0](*routed(kind, P=1)[1])
+
+
+class Live(TorchDispatchMode):
+    """Counts the numbers in the arrays that were made under it and are alive: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            storage, size = t.untyped_storage(), t.untyped_storage().nbytes() // t.element_size()
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, size)
+        return out
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("kind, blocks", [("in", 4), ("out", 3.5), ("em", 12)])
+def test_routing_without_votes_frees_each_block_s_arrays(kind, blocks, monkeypatch):
+    """Few arrays of a block's size at once; the votes are 14 of these blocks."""
+    monkeypatch.setattr(encapnet, "BLOCK", 150_000)
+    layer, inputs = routed(kind, types=4, in_dim=8, n_out=256, d=16, P=64)
+    with Live() as live:
+        layer(*inputs)
+    assert 0 < live.most < blocks * encapnet.BLOCK
 
 
 CLOUDS = {"tight": lambda u: 3 + 1e-2 * u, "spread": lambda u: 2 * u, "far": lambda u: 100 + u}

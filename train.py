@@ -41,6 +41,7 @@ from lab.config import (
     merge,
     models,
     number,
+    tested_on,
 )
 from lab.fit import clock, fit
 from lab.runtime import RUNS, Problem, count, guarded, say
@@ -135,11 +136,12 @@ def train(given):
     else:
         result = fit(make_config(**given))
     best, note = result["best_by_test_error"], ""
+    error = f"{tested_on(Config(**result['config']))} error"
     if best["epoch"]:
         centre = f"by the centre crop {result['curves']['test_error'][-1]:.2f} %, "
-        note = (f" ({centre * result['multi_crop']}the best epoch by test error, {best['epoch']}: "
+        note = (f" ({centre * result['multi_crop']}the best epoch by {error}, {best['epoch']}: "
                 f"{best['test_error']:.2f} %)")
-    say(f"test error {result['error']:.2f} % after {count(result['epochs'], 'epoch')} and "
+    say(f"{error} {result['error']:.2f} % after {count(result['epochs'], 'epoch')} and "
         f"{clock(result['seconds'])}{note}")
     say(f"curves and predictions: {result['folder']}/curves.png")
 

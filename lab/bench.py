@@ -26,7 +26,7 @@ import torch
 
 import encapnet
 from encapnet import RoutedCapsules, squash
-from lab.config import Parser, cost_key, make_config
+from lab.config import Parser, make_config
 from lab.data import Data, Split
 from lab.figures import draw_scaling
 from lab.fit import build_run, environment, record, start, train_step
@@ -189,6 +189,12 @@ def bench_step(config, seconds=3.0):
         f"({split}), peak memory {memory:,.0f} MB, {line['parameters']:,} parameters")
     if rank() == 0:
         record({"bench": line})
+
+
+def cost_key(config):
+    """What decides the memory and time of a step, beside batch and device."""
+    return {name: getattr(config, name) for name in (
+        "model", "set", "image_size", "amp", "compile", "channels_last")}
 
 
 def costs_of(config, lines):

@@ -117,7 +117,7 @@ def load_checkpoint(path):
 
 
 def differences(config, then):
-    """How a configuration differs from that of a run, {field: value}, in what it trains.
+    """How a configuration differs from that of a run in what it trains -> ["field old -> new"].
 
     Not where the data lie, nor the file of their classes: the images themselves are compared.
     """
@@ -181,14 +181,12 @@ def newest(finished=False, like=None):
 
     like: a configuration that it must have
     """
-    found = [folder for folder in RUNS.glob("*") if begun(folder)
-             and (finished or not (folder / "result.json").exists())
-             and not (like and differences(like, load_checkpoint(folder)["config"]))]
-    if not found:
-        return None
-    folder = max(found, key=lambda folder: folder.stat().st_mtime)
-    say(f"newest run: {folder}")
-    return str(folder)
+    for folder in sorted(RUNS.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+        if begun(folder) and (finished or not (folder / "result.json").exists()) \
+                and not (like and differences(like, load_checkpoint(folder)["config"])):
+            say(f"newest run: {folder}")
+            return str(folder)
+    return None
 
 
 def numbered_folder(config):

@@ -229,6 +229,11 @@ def data_name(config):
     return Path(config.data_path).resolve().name if config.dataset == "folder" else config.dataset
 
 
+def tested_on(config):
+    """What an error is of: test images, or training images held out."""
+    return "held-out" if config.hold_out else "test"
+
+
 def identity(config):
     """The fields that decide a result, as plain JSON; epochs apart, which may grow."""
     fields = [f.name for f in dataclasses.fields(Config) if not f.metadata["free"]]
@@ -241,9 +246,3 @@ def config_key(config):
     fields = {**identity(config), "epochs": config.epochs, "seed": None}
     fields = {k: v for k, v in fields.items() if k not in LATER or v != LATER[k]}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def cost_key(config):
-    """What decides the memory and time of a step, beside batch and device."""
-    return {name: getattr(config, name) for name in (
-        "model", "set", "image_size", "amp", "compile", "channels_last")}

@@ -12,7 +12,7 @@ from torch import Tensor
 from lab.config import Config, data_name
 from lab.digits import draw_digits
 from lab.folders import HELD_BYTES, Files, chosen, drawn_by, load_folder, load_h_imagenet
-from lab.runtime import Problem, rank_by_rank, reason
+from lab.runtime import Problem, count, rank_by_rank, reason
 
 
 @dataclasses.dataclass
@@ -164,6 +164,8 @@ def read_data(device, fields):
 
 def held_out(images, labels):
     """Training images in two, nine tenths and every tenth: sorted classes stay balanced."""
+    if len(labels) < 10:
+        raise Problem(f"--hold-out: no tenth of {count(len(labels), 'training image')}")
     tenth = torch.arange(len(labels)) % 10 == 9
     return [(images[part] if isinstance(images, Tensor) else images.at(part.nonzero()[:, 0]),
              labels[part]) for part in (~tenth, tenth)]

@@ -34,7 +34,7 @@ from lab.checkpoint import (
     save,
     write_log,
 )
-from lab.config import PEERS, Config, config_key
+from lab.config import PEERS, Config, config_key, tested_on
 from lab.data import Data, augmented, load_data, normalised, shuffle
 from lab.figures import draw_run
 from lab.measure import agreement, call, evaluate, first, sample, told_apart
@@ -365,7 +365,8 @@ def finish_epoch(run, since, images):
     left = run.seconds / run.epoch * (run.config.epochs - run.epoch)
     gradient = f"gradient {norm:.2g}" + f", {100 * clipped:.0f} % clipped" * (run.config.clip > 0)
     say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss:.4f}  feedback {feedback:.4f}  "
-        f"{gradient}  error: train {100 * wrong:5.2f} %  test {test['error']:5.2f} %  "
+        f"{gradient}  error: train {100 * wrong:5.2f} %  {tested_on(run.config)} "
+        f"{test['error']:5.2f} %  "
         f"{images:,.0f} images/s  {clock(left)} left")
     if agreed(int(run.epoch == run.config.epochs or due(run))):
         save(run)

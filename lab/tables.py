@@ -14,7 +14,16 @@ import torch
 
 import encapnet
 from lab import bench
-from lab.config import Config, config_key, data_name, has_logits, identity, make_config, merge
+from lab.config import (
+    Config,
+    config_key,
+    data_name,
+    has_logits,
+    identity,
+    make_config,
+    merge,
+    tested_on,
+)
 from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
 from lab.fit import clock, environment, fit, make_model, record
 from lab.paper import CIFAR10, FIGURES, TABLE2, TABLES, use
@@ -305,7 +314,7 @@ def caption(part, configs, given):
     if not configs:
         return "Test error in %"
     config = next(iter(configs.values()))
-    error = f"{'Held-out' if config.hold_out else 'Test'} error in %"
+    error = f"{tested_on(config).capitalize()} error in %"
     known = {**identity(config), "epochs": config.epochs}
     elsewhere = {"set", "hold_out"}
     if not part.study:

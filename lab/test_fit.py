@@ -21,6 +21,7 @@ from lab import fit, measure, use
 from lab.config import Config, config_key, make_config, merge
 from lab.data import Data, Split, enlarged, load_data
 from lab.digits import draw_digits
+from lab.runtime import Problem
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -582,6 +583,9 @@ def test_hold_out_tests_on_every_tenth_training_image(pictures):
         assert torch.equal(split.labels, whole.train.labels[number])
     x = part.train.images.double() / 255
     torch.testing.assert_close(part.mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(Problem, match="--hold-out: no tenth of 9 training images"):
+        loaded(pictures, hold_out=True, train_images=9)
+    assert len(loaded(pictures, hold_out=True, train_images=10).test) == 1
 
 
 def test_published_results_keep_their_keys():

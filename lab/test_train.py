@@ -154,6 +154,7 @@ def test_test_only_reads_training_images_where_it_needs_them(trained, cli, pictu
     """Where they are what is tested, and to find one that can be read."""
     done = cli(f"--resume {trained} --test-only --hold-out")             # of 32 every tenth
     assert done.code == 0 and "3 images" in done.out
+    assert "held-out error" in done.out and "test error" not in done.out
     shutil.copytree(pictures, "holes")
     for file in (f for name in ("ant", "bee") for f in Path("holes/train", name).iterdir()):
         file.write_text("no image")

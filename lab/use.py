@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lab.checkpoint import load_checkpoint, load_weights
-from lab.config import Config, merge
+from lab.config import Config, merge, tested_on
 from lab.data import grey, load_data
 from lab.fit import Run, make_model, start
 from lab.folders import SUFFIXES, decode
@@ -46,8 +46,8 @@ def test_only(given):
     run = Run(config, data, device, net, net, None, {})
     test = evaluate(run, config.augment != "none")
     top5 = f"top-5 {test['top5_error']:.2f} %, " * (len(data.classes) > 5)
-    say(f"{data.name}, {config.model} after epoch {state['epoch']}: test error "
-        f"{test['error']:.2f} %, {top5}{count(test['images'], 'image')}")
+    say(f"{data.name}, {config.model} after epoch {state['epoch']}: "
+        f"{tested_on(config)} error {test['error']:.2f} %, {top5}{count(test['images'], 'image')}")
 
 
 def load(run, **given):
