@@ -45,8 +45,11 @@ torch.set_num_threads(1)     # small tensors: a second thread costs more than it
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Layers are initialised alike in every test (once a test, not once an example)."""
+    """Layers are initialised alike in every test (once a test, not once an example), and a run
+    with --deterministic in one test leaves the others as they are."""
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 # ------------------------------------------------------------------------------------------------
