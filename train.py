@@ -75,9 +75,9 @@ def make_parser():
                           help="render README's tables from results/")
     commands.add_argument("--check", action="store_true",
                           help="with --report: only compare, exit 1 if it differs")
-    commands.add_argument("--bench", nargs="?", const="step",
-                          choices=("step", "routing", "sinkhorn", "network", "scaling"),
-                          help="speed and memory of training, or of its parts beside others' code")
+    commands.add_argument("--bench", action="store_true",
+                          help="speed and memory of a training step (python -m lab.bench: of its "
+                               "parts beside others' code)")
     commands.add_argument("--test-only", action="store_true",
                           help="test the network of --resume (default: newest)")
     commands.add_argument("--predict", nargs="+", metavar="IMAGE",
@@ -176,8 +176,6 @@ def check_commands(commands, given):
     known = heeded[asked[0]] if asked else ()
     if idle := [name for name in commands if name not in (*asked, *known, "debug")]:
         raise Problem(f"{told(idle)}: no use " + (f"with {told(asked)}" if asked else "alone"))
-    if commands.get("bench", "step") != "step" and set(given) - {"device"}:
-        raise Problem(f"{told(set(given) - {'device'})}: no use with --bench {commands['bench']}")
     if not {"table", "figure"} & set(commands):
         return
     if "model" in given or "resume" in given:
@@ -204,7 +202,7 @@ def command(commands, given):
     if "report" in commands:
         return report("check" in commands, parse)
     if "bench" in commands:
-        return bench.run_bench(commands["bench"], make_config(**given))
+        return bench.bench_step(make_config(**given))
     if "figure" in commands:
         return show_figure(commands["figure"], commands.get("seeds", 1), given)
     if "table" in commands:

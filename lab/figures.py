@@ -227,18 +227,14 @@ def draw_routing(parts, path):
 def draw_scaling(lines, path):
     """A column an axis, time above memory, both logarithmic.   lines: of bench_scaling"""
     sweeps = list(dict.fromkeys(line["against"] for line in lines))
-    names = list(dict.fromkeys(line["of"] for line in lines))
     figure, axes = canvas(2, len(sweeps), 2.9 * len(sweeps), 2.8)
-    for line in lines:
-        row, k = line["what"] == "bytes", names.index(line["of"])
-        axis = axes[int(row)][sweeps.index(line["against"])]
-        axis.plot(line["values"], [y / (1e6 if row else 1) for y in line["measured"]],
-                  marker="osD^"[k], color=COLOURS[k],
-                  label=f"{line['of']}  n^{line['exponent']:.2f}")
-        axis.set(xscale="log", yscale="log", xlabel=line["against"],
-                 ylabel="MB beside what lives" if row else "seconds")
-        axis.set_xticks(line["values"], map(str, line["values"]))
-        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=9)
+    for row, unit in zip(axes, ("seconds", "MB"), strict=True):
+        for axis, against in zip(row, sweeps, strict=True):
+            curves = {f"{line['of']}  n^{line['exponent']:.2f}": line for line in lines
+                      if (line["what"], line["against"]) == (unit, against)}
+            draw_series(axis, {label: {n: [y] for n, y in zip(line["values"], line["measured"],
+                                                              strict=True)}
+                               for label, line in curves.items()},
+                        xscale="log", yscale="log", xlabel=against, ylabel=unit)
+            axis.legend(fontsize=9)
     save_figure(figure, path)

@@ -171,7 +171,7 @@ def refuse(failures):
 
 
 def measure_costs(part, given):
-    """Bench the rows of Table 1 at the paper's batch: processes of their own, for peak memory."""
+    """Bench the rows of Table 1 at the paper's batch."""
     for name, changes, paper in part.rows:
         config = row_config(CIFAR10, changes, given, dict(batch_size=paper["cost"][2]))
         device = environment(pick_device(config.device))["device"]
@@ -180,7 +180,7 @@ def measure_costs(part, given):
         if (config.batch_size, device) not in known:
             say(f"--- {name}: memory and time at batch {config.batch_size}")
             try:
-                bench.in_a_process(bench.bench_step, config)
+                bench.bench_step(config)
             except (Problem, RuntimeError, MemoryError) as failure:
                 say(f"failed: {name}: {reason(failure)}")
 
@@ -188,7 +188,7 @@ def measure_costs(part, given):
 def show_table(number, only, seeds, given):
     """Run what a table lacks, print it, keep it in runs/table-N.md."""
     parts, runs = asked_parts(number, given, only), read_results(OWN)[0]
-    if number == 1 and "WORLD_SIZE" in os.environ:       # a child would join torchrun's processes
+    if number == 1 and "WORLD_SIZE" in os.environ:       # there a step is of all processes
         say("memory and time are measured without torchrun: python train.py --table 1")
     elif number == 1:
         measure_costs(parts[0], given)

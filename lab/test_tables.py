@@ -36,7 +36,6 @@ def quick(monkeypatch):
     """No picture of each run; no second in which to time; Table 1's processes are this one."""
     monkeypatch.setattr(fit, "draw_run", lambda *run: None)
     monkeypatch.setattr(bench, "bench_step", functools.partial(bench.bench_step, seconds=0))
-    monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 def numbers(text, row):
@@ -221,9 +220,9 @@ def test_table_1_measures_cost(cli, quick):
 
 
 def test_under_torchrun_table_1_runs_without_its_costs(cli, faked, monkeypatch):
-    """A process of theirs would inherit rank and world, and join."""
+    """A step there is of all processes, its batch divided."""
     asked = faked()
-    monkeypatch.setattr(bench, "in_a_process", lambda *given: pytest.fail("a child"))
+    monkeypatch.setattr(bench, "bench_step", lambda *given: pytest.fail("measured"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = cli(f"--table 1 {MINIATURE} --row '(c)'")
     assert done.code == 0 and len(asked) == 1, done
@@ -594,7 +593,7 @@ def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
 @pytest.mark.parametrize("words, told", [
     ("--check", "--check"), ("--row x", "--row"), ("--seeds 3", "--seeds"),
     ("--table 3 --figure 4", "one at a time"), ("--figure 2 --seeds 2", "--seeds"),
-    ("--bench network --model encapnet6 --amp", "--amp, --model"), ("--list --seeds 2", "--seeds"),
+    ("--bench --seeds 2", "--seeds"), ("--list --seeds 2", "--seeds"),
     ("--table 3 --output-dir there", "--output-dir"), ("--table 2 --row x", "no --row"),
     ("--table 2 --seeds 3", "no --seeds"), ("--figure few --seeds 3", "its table has run")])
 def test_flags_without_effect_are_refused(words, told, cli):

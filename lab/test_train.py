@@ -324,7 +324,7 @@ def test_no_command_line_shows_a_traceback(cli, monkeypatch, words):
     def nothing(config):
         raise Problem("ran")
     monkeypatch.setattr(train, "fit", nothing)
-    monkeypatch.setattr(bench, "run_bench", lambda name, config: nothing(config))
+    monkeypatch.setattr(bench, "bench_step", nothing)
     done = cli(*map(shlex.quote, words))
     assert done.code in (0, 1, 2) and "Traceback" not in done.err, (words, done)
     assert "unexpected" not in done.err and done.err.count("\n") == (done.code > 0), (words, done)
