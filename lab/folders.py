@@ -10,7 +10,6 @@ import torch
 from lab.runtime import Problem, count, reason, say, write_file
 
 HELD_BYTES = 4 << 30          # folders up to this size are decoded once and held
-HUGE_PIXELS = 100_000_000     # a larger image is refused rather than decoded
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
@@ -35,24 +34,14 @@ def decode(file, side, box=None):
     box: (left, top, right, bottom) to cut out first
     """
     from PIL import Image, ImageOps
-    Image.MAX_IMAGE_PIXELS = None                         # our own limit, an error, follows
-    with Image.open(file) as image:
-        if image.width * image.height > HUGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {HUGE_PIXELS:,}")
+    from torchvision.transforms.v2.functional import pil_to_tensor
+    with Image.open(file) as image:                       # PIL refuses what is too large
         if image.mode.startswith("I"):                    # 16 bits, whichever way stored
             image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
         clear = "transparency" in image.info              # a palette with a transparent colour
         image = ImageOps.exif_transpose(image).convert("RGBA" if clear else "RGB")
         image = image.convert("RGB").crop(box) if box else image.convert("RGB")
-    scale = side / min(image.size)
-    width, height = (max(side, round(s * scale)) for s in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - side) // 2, (height - side) // 2
-    if width != height:
-        image = image.crop((left, top, left + side, top + side))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(side, side, 3).permute(2, 0, 1)
+    return pil_to_tensor(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR))
 
 
 class Files(torch.utils.data.Dataset):
