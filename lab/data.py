@@ -36,8 +36,7 @@ class Split:
             self.images, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
             pin_memory=device.type == "cuda", generator=torch.Generator())
         try:
-            for images, index in loader:
-                index = index.to(device, non_blocking=True)
+            for images, index in zip(loader, chunks, strict=True):
                 yield images.to(device, non_blocking=True), self.labels[index], index
         except Problem as error:                          # comes with the worker's traceback
             last = str(error).strip().splitlines()[-1]

@@ -60,7 +60,7 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, k):
         path, box = self.samples[k]
         try:
-            return decode(path, self.side, box), k
+            return decode(path, self.side, box)
         except Exception as error:
             raise Problem(f"cannot read {path}: {reason(error)}", 1) from error
 
@@ -105,7 +105,7 @@ def read_images(files, folder, unreadable):
 
     def read(k):
         try:
-            pixels, _ = files[k]
+            pixels = files[k]
             if fits:
                 images[k] = pixels
         except Problem as problem:
@@ -186,12 +186,11 @@ def right_answers(files, workers):
     except (OSError, RuntimeError) as error:
         raise Problem(f"no ResNet-18 to choose classes with ({reason(error)}): download "
                       f"{weights.url}, or give --class-list FILE") from error
-    right, truth = torch.zeros(1000), torch.tensor([k for _, k in files])
+    truth = torch.tensor([k for _, k in files])
     images = Files([(path, None) for path, _ in files], 256)
-    for batch, index in torch.utils.data.DataLoader(images, 64, num_workers=workers):
-        answers = net(weights.transforms()(batch)).argmax(1)
-        right.index_add_(0, truth[index], (answers == truth[index]).float())
-    return right / truth.bincount(minlength=1000)
+    answers = torch.cat([net(weights.transforms()(batch)).argmax(1) for batch in
+                         torch.utils.data.DataLoader(images, 64, num_workers=workers)])
+    return truth[answers == truth].bincount(minlength=1000) / truth.bincount(minlength=1000)
 
 
 def annotated_boxes(root, padding=0.1):
