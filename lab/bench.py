@@ -17,7 +17,7 @@ import sys
 from functools import partial
 
 import torch
-from torch.utils.benchmark import Timer, timer
+from torch.utils.benchmark import timer
 
 import encapnet
 from encapnet import RoutedCapsules, squash
@@ -34,10 +34,19 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own lines o
 # ------------------------------------------------------------------------------------------------
 
 
-def timed(step, budget=10.0):
-    """Median seconds of calls that take `budget` seconds, or of one; a first one is not counted."""
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=budget).median
+def once(step):
+    """Seconds of a call, until the device has done its work."""
+    begun = timer()
+    step()
+    return timer() - begun
+
+
+def timed(*steps, budget=10.0):
+    """Median seconds of each step, called in turn so that noise meets all alike; after a first."""
+    rounds = []
+    while len(rounds) < 2 or sum(map(sum, rounds[1:])) < budget:
+        rounds.append([once(step) for step in steps])
+    return list(map(statistics.median, zip(*rounds[1:], strict=True)))
 
 
 def peak_memory(function, device):
@@ -57,17 +66,21 @@ def peak_memory(function, device):
     return result, max(itertools.accumulate(changes), default=0)
 
 
-def cost(step, device):
-    """Seconds and MB of a call."""
-    return timed(step), peak_memory(step, device)[1] / 1e6
+def costs(steps, device):
+    """Seconds and MB of a call of each step."""
+    seconds = timed(*steps)                               # gradients are allocated by now
+    memory = [peak_memory(step, device)[1] / 1e6 for step in steps]
+    return list(zip(seconds, memory, strict=True))
 
 
 def compare(what, steps, device):
     """Measure, print and record.   steps: {name: step, or None: not run}, ours first"""
-    (ours, our_memory), *found = [step and cost(step, device) for step in steps.values()]
+    run = {name: step for name, step in steps.items() if step}
+    found = dict(zip(run, costs(run.values(), device), strict=True))
+    ours, our_memory = next(iter(found.values()))
     where = {k: environment(device)[k] for k in ("device", "commit", "torch", "command")}
-    for name, theirs in zip(list(steps)[1:], found, strict=True):
-        seconds, memory = theirs or (None, None)
+    for name in list(steps)[1:]:
+        seconds, memory = found.get(name, (None, None))
         say(f"{what}: {1e3 * ours:,.1f} ms; {name}: "
             + (f"{1e3 * seconds:,.1f} ms, ratio {seconds / ours:.2f}" if seconds else "not run"))
         record({"speed": {"what": what, "instead": name, "ours_seconds": ours, "seconds": seconds,
@@ -122,8 +135,7 @@ def bench_step(config, seconds=3.0):
         last[0] = now
 
     (step, net), memory = peak_memory(begin, device)
-    whole = timed(step, seconds)
-    timed(lambda: (tick(None), step(tick=tick)), seconds)
+    whole, _ = timed(step, lambda: (tick(None), step(tick=tick)), budget=2 * seconds)
     line = {**{name: getattr(config, name) for name in COST}, "batch": config.batch_size,
             "parameters": sum(p.numel() for p in net.parameters()), "train_step_seconds": whole,
             "images_per_second": config.batch_size / whole, "memory_MB": memory / 1e6,
@@ -310,7 +322,7 @@ def bench_scaling(device, sweeps=SWEEPS):
     lines = []
     for axis, keyword, values, curves in sweeps:
         for name in curves:
-            found = [cost(CURVES[name](device, **{keyword: n}), device) for n in values]
+            found = costs([CURVES[name](device, **{keyword: n}) for n in values], device)
             for unit, y in zip(("seconds", "MB"), zip(*found, strict=True), strict=True):
                 if min(y) > 0:
                     logarithms = (list(map(math.log, z)) for z in (values, y))

@@ -54,7 +54,13 @@ def test_a_time_is_that_of_a_call_the_first_aside():
     def step():
         waits.append(0.5 if not waits else 0.02)
         time.sleep(waits[-1])
-    assert 0.02 <= bench.timed(step, 0.1) < 0.05 and len(waits) > 3
+    assert 0.02 <= bench.timed(step, budget=0.1)[0] < 0.05 and len(waits) > 3
+
+
+def test_steps_are_timed_in_turn():
+    calls = []
+    bench.timed(lambda: calls.append("a"), lambda: calls.append("b"), budget=1e-6)
+    assert calls == ["a", "b"] * (len(calls) // 2) and len(calls) >= 4
 
 
 @pytest.fixture
@@ -111,7 +117,7 @@ def at_once(monkeypatch, tmp_path):
     """One call a measurement, in this process, into an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", lambda net: net)
-    monkeypatch.setattr(bench, "timed", lambda step: (step(), 100.0)[1])
+    monkeypatch.setattr(bench, "timed", lambda *steps, **_: [(step(), 100.0)[1] for step in steps])
 
 
 def results():
@@ -158,7 +164,7 @@ def test_growth_is_of_the_curve_and_axis_that_it_says(monkeypatch, tmp_path):
     """Seconds that are the number of samples and bytes that are its square."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "divergence_step", lambda function, n, dim, device: n)
-    monkeypatch.setattr(bench, "cost", lambda n, device: (n, n ** 2))
+    monkeypatch.setattr(bench, "costs", lambda steps, device: [(n, n ** 2) for n in steps])
     sweeps = [sweep for sweep in bench.SWEEPS if sweep[1] == "samples"]
     bench.bench_scaling(CPU, sweeps)
     lines = [line["scaling"] for line in results()]
@@ -207,29 +213,28 @@ def test_help_and_errors_of_bench_speak_to_its_user(capsys):
 ROUTING = [("dynamic", 1, 4, 5), ("dynamic", 4, 10, 25), ("em", 1, 2, 12), ("em", 4, 5, 50)]
 
 
-def routing_cost(routing, form, batch, shape):
-    return bench.cost(bench.routing_step(routing, form, batch, shape, CPU), CPU)
+def routing_costs(routing, forms, batch, shape):
+    steps = [bench.routing_step(routing, form, batch, shape, CPU) for form in forms]
+    return bench.costs(steps, CPU)
 
 
 @pytest.mark.speed
 @pytest.mark.parametrize("routing, batch, faster, leaner", ROUTING)
 def test_speed_of_routing_without_votes(routing, batch, faster, leaner):
-    ours, votes = (routing_cost(routing, form, batch, bench.TABLE_1)
-                   for form in ("factored", "votes"))
+    ours, votes = routing_costs(routing, ("factored", "votes"), batch, bench.TABLE_1)
     assert votes[0] > faster * ours[0] and votes[1] > leaner * ours[1]
 
 
 @pytest.mark.speed
 @pytest.mark.parametrize("routing, limit", [("dynamic", 500), ("em", 1500)])
 def test_memory_at_batch_128(routing, limit):
-    assert routing_cost(routing, "factored", 128, bench.TABLE_1)[1] < limit
+    assert routing_costs(routing, ["factored"], 128, bench.TABLE_1)[0][1] < limit
 
 
 @pytest.mark.speed
 @pytest.mark.parametrize("batch, faster", [(1, 0.95), (16, 1.5), (64, 1.5)])
 def test_speed_of_digitcaps(batch, faster):
-    ours, plain = (routing_cost("dynamic", form, batch, bench.DIGITCAPS)
-                   for form in ("factored", "textbook code"))
+    ours, plain = routing_costs("dynamic", ("factored", "textbook code"), batch, bench.DIGITCAPS)
     assert plain[0] > faster * ours[0]
 
 
@@ -239,13 +244,14 @@ def test_speed_of_digitcaps(batch, faster):
 def test_speed_of_the_divergence(name, faster):
     if name not in bench.divergences():
         pytest.skip("geomloss is not installed")
-    ours, theirs = (bench.timed(bench.divergence_step(function, 128, 16, device=CPU))
-                    for function in (bench.OURS, bench.divergences()[name]))
+    ours, theirs = bench.timed(*(bench.divergence_step(function, 128, 16, device=CPU)
+                                 for function in (bench.OURS, bench.divergences()[name])))
     assert theirs > faster * ours
 
 
 @pytest.mark.speed
 def test_speed_of_encapnet():
-    seconds = {form: bench.timed(step) for form, step in bench.network_steps(CPU, 16).items()}
+    steps = bench.network_steps(CPU, 16)
+    seconds = dict(zip(steps, bench.timed(*steps.values(), budget=60.0), strict=True))
     assert seconds["without feedback"] > 1.15 * seconds["--compile"]
     assert seconds["1 unit a module"] < 1.25 * seconds["without feedback"]
