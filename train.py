@@ -62,7 +62,7 @@ def make_parser():
                            f"digits:\n{' '.join(flags(RECIPES['digits']))}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
-    commands.add_argument("--table", type=name_of, choices=[1, 2, *list(TABLES)[1:]],
+    commands.add_argument("--table", type=name_of, choices=list(TABLES),
                           help="run a table of the paper, or a study of ours")
     commands.add_argument("--row", nargs="+", metavar="TEXT",
                           help="with --table: run and print only rows with this in their "
@@ -157,9 +157,8 @@ def show_list():
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")
     print("tables and figures:")
-    for k in (1, 2, *list(TABLES)[1:]):
-        titles = [part.title for part in TABLES[k]] if k in TABLES else ["architectures"]
-        print(f"  --table {k:<9}", "; ".join(re.split("[;:]", title)[0] for title in titles))
+    for k, parts in TABLES.items():
+        print(f"  --table {k:<9}", "; ".join(re.split("[;:]", part.title)[0] for part in parts))
     for k, (title, _) in FIGURES.items():
         print(f"  --figure {k:<8}", title)
 
@@ -185,8 +184,6 @@ def check_commands(commands, given):
                       "no --model, no --resume")
     if "table" in commands and "output_dir" in given:
         raise Problem("--table keeps its runs in runs/: no --output-dir")
-    if commands.get("table") == 2 and {"row", "seeds"} & set(commands):
-        raise Problem("--table 2 is of networks, without a run: no --row, no --seeds")
     if commands.get("figure", 4) != 4 and commands.get("seeds", 1) > 1:
         shown = FIGURES[commands["figure"]][1] and "one run of each routing"
         raise Problem(f"--figure {commands['figure']} shows {shown or 'what its table has run'}: "

@@ -171,9 +171,6 @@ TABLES |= {
         dict(ROUTING, image_size=16, epochs=2), dict(list(ROUTINGS.items())[:2]),
         {"over j": dict(set=dict(softmax="out"))})],
 }
-# Channels (EncapNet: 32 types x capsule dimension) and side of the outputs of M0 .. M4 of both
-TABLE2 = {"stem": (32, 32), "blocks.0": (64, 32), "blocks.1": (128, 16), "blocks.2": (256, 8),
-          "blocks.3": (512, 4)}
 FIGURES = {
     2: ("agreement of votes with the class capsule",
         {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")}),

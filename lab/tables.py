@@ -10,8 +10,6 @@ import shlex
 import statistics
 from pathlib import Path
 
-import torch
-
 import encapnet
 from lab import bench
 from lab.config import (
@@ -25,8 +23,8 @@ from lab.config import (
     tested_on,
 )
 from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
-from lab.fit import clock, environment, fit, make_model, record
-from lab.paper import CIFAR10, FIGURES, TABLE2, TABLES, use
+from lab.fit import clock, environment, fit, record
+from lab.paper import CIFAR10, FIGURES, TABLES
 from lab.runtime import (
     PUBLISHED,
     README,
@@ -248,8 +246,6 @@ def markdown(header, rows):
 
 def render_table(number, given, runs, benches, only=()):
     """-> [a block of Markdown, ...]"""
-    if number == 2:
-        return [architecture("encapnet", given), architecture("resnet18", given)]
     parts = asked_parts(number, given, only)
     costs = [render_costs(part, given, benches) for part in parts if number == 1]
     name = f"Table {number}" if isinstance(number, int) else number
@@ -349,34 +345,6 @@ def render_costs(part, given, benches):
             f"{changes_told(given.get('set', {}))}.\n\n") + markdown(
         ["", "batch", "Mb of parameters: paper", "ours", "MB of memory: paper", "ours",
          "s a batch: paper", "ours", "device"], rows)
-
-
-def architecture(name, given):
-    """Table 2 from the built network; a Problem where sizes are not the paper's."""
-    changed, shapes, rows = given.get("set", {}), {}, []
-    network = make_model(row_config(CIFAR10, use(name, feedback=0), {"set": changed}), 10, 3).eval()
-    parts = {"stem": network.stem, "classes": network.classes,
-             **{f"blocks.{k}": block for k, block in enumerate(network.blocks)}}
-    for part, layer in parts.items():
-        layer.register_forward_hook(lambda layer, given, out, part=part: shapes.update(
-            {part: tuple((out[-1] if isinstance(out, tuple) else out).shape[1:])}))
-    with torch.no_grad():
-        network(torch.zeros(1, 3, 32, 32))
-    for part, shape in shapes.items():                                   # as they are called
-        layers = [f"{child} x {len(layer)}" if child in ("chain", "rest") else child
-                  for child, layer in parts[part].named_children() if part.startswith("blocks")]
-        capsule = shape[0] // network.types if len(shape) == 3 and name == "encapnet" else shape[-1]
-        rows.append([part, ", ".join(layers), " x ".join(map(str, shape)),
-                     capsule if name == "encapnet" else "–",
-                     f"{sum(p.numel() for p in parts[part].parameters()):,}"])
-    wrong = {part: shapes[part] for part, (channels, side) in TABLE2.items()
-             if shapes[part] != (channels, side, side)}
-    if wrong and not changed:
-        raise Problem(f"Table 2: {name} gives {wrong}, the paper has {TABLE2}", 1)
-    weights = sum(p.numel() for p in network.parameters())
-    note = f"changed by {changed}" if changed else "output sizes as the paper's"
-    return f"**Table 2: {name}.** {weights:,} parameters; {note}.\n\n" + markdown(
-        ["", "layers", "output", "capsule dim", "parameters"], rows)
 
 
 def render_runs(runs):

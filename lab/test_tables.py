@@ -230,12 +230,6 @@ def test_under_torchrun_table_1_runs_without_its_costs(cli, faked, monkeypatch):
     assert done.out.count("without torchrun") == 1
 
 
-def test_table_2_is_the_built_network(cli):
-    done = cli("--table 2")
-    assert done.code == 0 and done.out.count("as the paper's") == 2
-    assert "| stem" in done.out and "512 x 4 x 4" in done.out
-
-
 # ------------------------------------------------------------------------------------------------
 # The runner: what is known is not run again
 # ------------------------------------------------------------------------------------------------
@@ -595,8 +589,8 @@ def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
     ("--check", "--check"), ("--row x", "--row"), ("--seeds 3", "--seeds"),
     ("--table 3 --figure 4", "one at a time"), ("--figure 2 --seeds 2", "--seeds"),
     ("--bench network --model encapnet6 --amp", "--amp, --model"), ("--list --seeds 2", "--seeds"),
-    ("--table 3 --output-dir there", "--output-dir"), ("--table 2 --row x", "no --row"),
-    ("--table 2 --seeds 3", "no --seeds"), ("--figure few --seeds 3", "its table has run")])
+    ("--table 3 --output-dir there", "--output-dir"),
+    ("--figure few --seeds 3", "its table has run")])
 def test_flags_without_effect_are_refused(words, told, cli):
     assert_one_line(cli(words), told)
 
