@@ -6,7 +6,8 @@
     python train.py --resume                               go on with the newest unfinished run
     python train.py --resume RUN --test-only               or --predict IMAGE...
     python train.py --init RUN --data-path DIR ...         start from a trained network's weights
-    python train.py --table 3 --seeds 3 --recipe fast      a table of the paper; also --figure 2, 4
+    python train.py --table 3 --seeds 3 --recipe fast      a table of the paper, of three seeds
+    python train.py --figure 4 --recipe fast               a figure, of what its table has run
     python train.py --bench --model capnet-em --batch-size 4
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
@@ -68,9 +69,9 @@ def make_parser():
                           help="with --table: run and print only rows with this in their "
                                "name")
     commands.add_argument("--seeds", type=number(1), metavar="K",
-                          help="with --table, --figure: runs of each row (default: 1)")
+                          help="with --table: runs of each row (default: 1)")
     commands.add_argument("--figure", type=name_of, choices=list(FIGURES),
-                          help="run and draw a figure of the paper, or draw a study")
+                          help="draw a figure of the paper, or a study, from what tables have run")
     commands.add_argument("--report", action="store_true",
                           help="render README's tables from results/")
     commands.add_argument("--check", action="store_true",
@@ -159,14 +160,14 @@ def show_list():
     print("tables and figures:")
     for k, parts in TABLES.items():
         print(f"  --table {k:<9}", "; ".join(re.split("[;:]", part.title)[0] for part in parts))
-    for k, (title, _) in FIGURES.items():
-        print(f"  --figure {k:<8}", title)
+    for k, parts in FIGURES.items():
+        print(f"  --figure {k:<8}", re.split("[;:]", parts[0].title)[0])
 
 
 def check_commands(commands, given):
     """One command at a time, with the flags that it heeds."""
     heeded = {"list": (), "report": ("check",), "bench": (), "table": ("row", "seeds"),
-              "figure": ("seeds",), "test_only": (), "predict": ()}
+              "figure": (), "test_only": (), "predict": ()}
     asked = [name for name in heeded if name in commands]
     def told(names):
         return ", ".join(sorted("--" + name.replace("_", "-") for name in names))
@@ -182,12 +183,8 @@ def check_commands(commands, given):
     if "model" in given or "resume" in given:
         raise Problem("--table and --figure choose the models and resume by themselves: "
                       "no --model, no --resume")
-    if "table" in commands and "output_dir" in given:
-        raise Problem("--table keeps its runs in runs/: no --output-dir")
-    if commands.get("figure", 4) != 4 and commands.get("seeds", 1) > 1:
-        shown = FIGURES[commands["figure"]][1] and "one run of each routing"
-        raise Problem(f"--figure {commands['figure']} shows {shown or 'what its table has run'}: "
-                      "no --seeds")
+    if "output_dir" in given:
+        raise Problem("--table and --figure keep all in runs/: no --output-dir")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
@@ -203,7 +200,7 @@ def command(commands, given):
     if "bench" in commands:
         return bench.run_bench(commands["bench"], make_config(**given))
     if "figure" in commands:
-        return show_figure(commands["figure"], commands.get("seeds", 1), given)
+        return show_figure(commands["figure"], given)
     if "table" in commands:
         return show_table(commands["table"], commands.get("row", ()), commands.get("seeds", 1),
                           given)

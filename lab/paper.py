@@ -171,12 +171,13 @@ TABLES |= {
         dict(ROUTING, image_size=16, epochs=2), dict(list(ROUTINGS.items())[:2]),
         {"over j": dict(set=dict(softmax="out"))})],
 }
+# Figures show results of rows of a table; those of the paper, of its Tables 1 and 3
 FIGURES = {
-    2: ("agreement of votes with the class capsule",
-        {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")}),
-    4: ("training loss with and without OT divergence",
-        {"EncapNet": use("encapnet", feedback=0), "EncapNet * OT": use("encapnet", feedback=1),
-         "ResNet": use("resnet18", feedback=0), "ResNet * OT": use("resnet18", feedback=1)}),
-    "few": ("what feedback gains on few images", {}),
-    "routing": ("error against routing iterations", {}),
+    2: [study("agreement of votes with the class capsule, Table 1 (a) and (b)", CIFAR10, {"": {}},
+              {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")})],
+    4: [study("training loss without and with OT divergence, Table 3 (a) and (c)", CIFAR10,
+              TABLES[3][1].columns,
+              {"": dict(set=dict(feedback=0)), "* OT": dict(set=dict(feedback=1))})],
+    "few": TABLES["few"],
+    "routing": TABLES["routing"],
 }

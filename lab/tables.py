@@ -86,14 +86,14 @@ def row_config(*layers):
     return make_config(**{**changes, "set": wanted})
 
 
-def asked_parts(number, given, only=()):
-    """Blocks of a table, of their rows those with one of the words `only` in their name.
+def asked_parts(parts, given, only=()):
+    """The blocks to run or draw, of their rows those with one of the words `only` in their name.
 
     With --dataset, the blocks that can take it: ImageNet's keep to their own.
     """
     parts = [part._replace(rows=[row for row in part.rows
                                  if not only or any(word in row[0] for word in only)])
-             for part in TABLES.get(number, ())]
+             for part in parts]
     return [part for part in parts if part.rows and not (
         part.own_data and given.get("dataset", part.base["dataset"]) != part.base["dataset"])]
 
@@ -163,11 +163,6 @@ def obtain_all(cells, seeds, runs):
     return failures
 
 
-def refuse(failures):
-    if failures:
-        raise Problem(f"{count(len(failures), 'run')} failed: {'; '.join(failures)}", 1)
-
-
 def measure_costs(part, given):
     """Bench the rows of Table 1 at the paper's batch: processes of their own, for peak memory."""
     for name, changes, paper in part.rows:
@@ -185,7 +180,7 @@ def measure_costs(part, given):
 
 def show_table(number, only, seeds, given):
     """Run what a table lacks, print it, keep it in runs/table-N.md."""
-    parts, runs = asked_parts(number, given, only), read_results(OWN)[0]
+    parts, runs = asked_parts(TABLES[number], given, only), read_results(OWN)[0]
     if number == 1 and "WORLD_SIZE" in os.environ:       # a child would join torchrun's processes
         say("memory and time are measured without torchrun: python train.py --table 1")
     elif number == 1:
@@ -197,41 +192,28 @@ def show_table(number, only, seeds, given):
     if rank() == 0:
         RUNS.mkdir(exist_ok=True)
         (RUNS / f"table-{number}.md").write_text(text)
-    refuse(failures)
+    if failures:
+        raise Problem(f"{count(len(failures), 'run')} failed: {'; '.join(failures)}", 1)
 
 
-def show_figure(number, seeds, given):
-    """Run what Figure 2 or 4 lacks and draw it, into --output-dir or runs/; or draw a study."""
-    title, variants = FIGURES[number]
-    target = Path(given.get("output_dir", RUNS)) / f"figure-{number}.png"
-    given = {k: v for k, v in given.items() if k != "output_dir"}
-    runs, *_ = read_results(OWN)
-    if not variants:
-        return show_study(number, given, runs, target)
-    configs = {name: row_config(CIFAR10, changes, given) for name, changes in variants.items()}
-    refuse(obtain_all(configs.items(), seeds, runs))
-    lines = {name: [line for line in of_seeds(config, runs) if "curves" in line]
-             for name, config in configs.items()}
-    for name, config in configs.items():
-        if not lines[name]:
-            raise Problem(f"{name}: nothing to draw, {summary(config, None, runs)[0]}", 1)
-    if rank() == 0:
-        title = f"{title}, {data_name(next(iter(configs.values())))}"
-        {2: draw_figure2, 4: draw_figure4}[number](lines, title, target)
-
-
-def show_study(name, given, runs, target):
-    """Draw a study from what its table has run: nothing is trained here."""
-    parts = []                                       # (data, {row: {column: {seed: error}}})
-    for part in asked_parts(name, given):
+def show_figure(name, given):
+    """Draw a figure from what its table has run, into runs/: nothing is trained here."""
+    runs, target = read_results(OWN)[0], RUNS / f"figure-{name}.png"
+    named, parts = {}, []                  # {name: [line]}; (data, {row: {column: {seed: error}}})
+    for part in asked_parts(FIGURES[name], given):
         rows = {}
         for (row, column), config in part_cells(part, given).items():
-            if errors := {line["seed"]: line["error"] for line in of_seeds(config, runs)
-                          if line["error"] is not None}:
+            if lines := [line for line in of_seeds(config, runs) if line["error"] is not None]:
+                named[f"{column} {row}".strip()] = lines
+                errors = {line["seed"]: line["error"] for line in lines}
                 rows.setdefault(row, {})[column] = errors
         parts.append((f"{data_name(config)} at {config.image_size}x{config.image_size}", rows))
-    if rank() == 0:
-        {"few": draw_few, "routing": draw_routing}[name](parts, target)
+    if name in ("few", "routing"):
+        return {"few": draw_few, "routing": draw_routing}[name](parts, target)
+    title = f"{part.title}, {parts[0][0]}"
+    if not named:
+        raise Problem(f"--figure {name}: nothing to draw, no result for {title}", 1)
+    {2: draw_figure2, 4: draw_figure4}[name](named, title, target)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -246,7 +228,7 @@ def markdown(header, rows):
 
 def render_table(number, given, runs, benches, only=()):
     """-> [a block of Markdown, ...]"""
-    parts = asked_parts(number, given, only)
+    parts = asked_parts(TABLES[number], given, only)
     costs = [render_costs(part, given, benches) for part in parts if number == 1]
     name = f"Table {number}" if isinstance(number, int) else number
     return costs + [render_part(name, part, given, runs) for part in parts]

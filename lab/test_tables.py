@@ -337,18 +337,17 @@ def drawn(monkeypatch):
     return figures_
 
 
-def test_every_curve_of_figure_4_is_its_own_runs(cli, faked, drawn):
+def test_every_curve_of_figure_4_is_its_own_rows_of_table_3(cli, drawn):
     """By legend, in its network's panel, one look a kind; the mean over seeds, epoch by epoch."""
-    asked = faked(lambda c: {"curves": {"loss": [
-        100 * (c.model == "resnet18") + 10 * c.set["feedback"] + c.seed - epoch / 2
-        for epoch in range(4)]}})
-    done = cli("--figure 4 --seeds 3 --output-dir there")
+    first = {("(a)", "EncapNet"): 1, ("(c)", "EncapNet"): 11, ("(a)", "ResNet"): 101,
+             ("(c)", "ResNet"): 111}                                   # others: no such curve
+    published(*(result(config, seed, curves={"loss": [
+        first.get((row[:3], column), 999) + seed - 1 - epoch / 2 for epoch in range(4)]})
+        for row, column, config in cells_of(TABLES[3][1]) for seed in range(3)))
+    done = cli("--figure 4")
     assert done.code == 0, done
-    with Image.open("there/figure-4.png") as image:
+    with Image.open("runs/figure-4.png") as image:
         assert image.width > 500 and len(image.convert("L").getcolors()) > 10
-    assert len(asked) == 12 and {c.seed for c in asked} == {0, 1, 2}
-    assert all(c.dataset == "cifar10" and c.lam == 10 and c.set.get("divergence", "ot") == "ot"
-               for c in asked)
     figure, = drawn
     start = {"EncapNet": 1, "EncapNet * OT": 11, "ResNet": 101, "ResNet * OT": 111}
     looks = {}
@@ -374,12 +373,12 @@ def moment(routing, epoch):
             "length": [k + 0.1 * epoch + (routing == "em") / 2 for k in range(20)]}
 
 
-def test_figure_2_draws_every_routing_and_moment_where_it_says(cli, faked, drawn):
-    asked = faked(lambda c: {"curves": {}, "moments": [
-        moment(c.model.removeprefix("capnet-"), epoch) for epoch in (0, 60, 240, 600)]})
-    done = cli("--figure 2 --output-dir there")
-    assert done.code == 0 and Path("there/figure-2.png").exists(), done
-    assert [c.model for c in asked] == ["capnet-dynamic", "capnet-em"]
+def test_figure_2_draws_every_routing_and_moment_where_it_says(cli, drawn):
+    published(*(result(config, moments=[
+        moment(config.model.removeprefix("capnet-"), epoch) for epoch in (0, 60, 240, 600)])
+        for row, column, config in cells_of(TABLES[1][0]) if column == "CIFAR-10"))
+    done = cli("--figure 2")
+    assert done.code == 0 and Path("runs/figure-2.png").exists(), done
     axes = drawn[0].axes
     panels, twins = axes[:8], axes[8:]
     assert [axis.get_title() for axis in panels] == [
@@ -448,11 +447,10 @@ def test_figure_2s_moments_are_before_after_a_tenth_four_tenths_and_all_of_the_r
         net.load_state_dict(state["net"])
 
 
-def test_a_figure_without_runs_says_why(cli, quick, monkeypatch):
-    def diverge(config):
-        raise Diverged("NaN at step 1; stopped")
-    monkeypatch.setattr(tables, "fit", diverge)
-    assert_one_line(cli(f"--figure 4 {MINIATURE}"), "nothing to draw", "NaN at step 1", code=1)
+def test_a_figure_without_results_says_so(cli):
+    config = next(config for row, _, config in cells_of(TABLES[3][1]) if row[:3] == "(a)")
+    published(result(config, error=None, outcome="NaN at step 1"))
+    assert_one_line(cli("--figure 4"), "nothing to draw", "Table 3", code=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -587,10 +585,10 @@ def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, told", [
     ("--check", "--check"), ("--row x", "--row"), ("--seeds 3", "--seeds"),
-    ("--table 3 --figure 4", "one at a time"), ("--figure 2 --seeds 2", "--seeds"),
+    ("--table 3 --figure 4", "one at a time"), ("--figure 4 --seeds 2", "--seeds"),
     ("--bench network --model encapnet6 --amp", "--amp, --model"), ("--list --seeds 2", "--seeds"),
     ("--table 3 --output-dir there", "--output-dir"),
-    ("--figure few --seeds 3", "its table has run")])
+    ("--figure 4 --output-dir there", "--output-dir")])
 def test_flags_without_effect_are_refused(words, told, cli):
     assert_one_line(cli(words), told)
 
@@ -698,7 +696,7 @@ def test_rows_of_the_study_of_few_images_build_what_they_are_called():
 @pytest.mark.parametrize("words, blocks", [
     ({}, 3), ({"dataset": "digits"}, 2), ({"dataset": "folder", "data_path": "here"}, 3)])
 def test_photographs_keep_to_their_own_data(words, blocks):
-    assert len(asked_parts("few", words)) == blocks
+    assert len(asked_parts(TABLES["few"], words)) == blocks
 
 
 @pytest.mark.parametrize("words, paths", [
@@ -707,7 +705,7 @@ def test_photographs_keep_to_their_own_data(words, blocks):
     ({"dataset": "folder", "data_path": "here"}, 3 * ["here"])])
 def test_photographs_are_found_beside_the_other_data_sets(words, paths):
     """Wherever those are, the results are the same."""
-    cells = [part_cells(part, words) for part in asked_parts("few", words)]
+    cells = [part_cells(part, words) for part in asked_parts(TABLES["few"], words)]
     assert [{config.data_path for config in found.values()} for found in cells] == \
         [{path} for path in paths]
     if "dataset" not in words:
