@@ -50,11 +50,6 @@ from lab.tables import FIGURES, TABLES, report, show_figure, show_table
 from lab.use import predict, test_only
 
 
-def name_of(text):
-    """A table's or figure's number, or the name of a study."""
-    return int(text) if text.isdigit() else text
-
-
 def make_parser():
     """One flag for every field of Config, and the commands."""
     parser = Parser("train.py", description=__doc__,
@@ -63,14 +58,14 @@ def make_parser():
                            f"digits:\n{' '.join(flags(RECIPES['digits']))}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
-    commands.add_argument("--table", type=name_of, choices=list(TABLES),
+    commands.add_argument("--table", choices=TABLES,
                           help="run a table of the paper, or a study of ours")
     commands.add_argument("--row", nargs="+", metavar="TEXT",
                           help="with --table: run and print only rows with this in their "
                                "name")
     commands.add_argument("--seeds", type=number(1), metavar="K",
                           help="with --table: runs of each row (default: 1)")
-    commands.add_argument("--figure", type=name_of, choices=list(FIGURES),
+    commands.add_argument("--figure", choices=FIGURES,
                           help="draw a figure of the paper, or a study, from what tables have run")
     commands.add_argument("--report", action="store_true",
                           help="render README's tables from results/")

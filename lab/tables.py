@@ -178,20 +178,20 @@ def measure_costs(part, given):
                 say(f"failed: {name}: {reason(failure)}")
 
 
-def show_table(number, only, seeds, given):
-    """Run what a table lacks, print it, keep it in runs/table-N.md."""
-    parts, runs = asked_parts(TABLES[number], given, only), read_results(OWN)[0]
-    if number == 1 and "WORLD_SIZE" in os.environ:       # a child would join torchrun's processes
+def show_table(name, only, seeds, given):
+    """Run what a table lacks, print it, keep it in runs/table-NAME.md."""
+    parts, runs = asked_parts(TABLES[name], given, only), read_results(OWN)[0]
+    if name == "1" and "WORLD_SIZE" in os.environ:        # a child would join torchrun's processes
         say("memory and time are measured without torchrun: python train.py --table 1")
-    elif number == 1:
+    elif name == "1":
         measure_costs(parts[0], given)
     failures = obtain_all([(", ".join(cell), config) for part in parts
                            for cell, config in part_cells(part, given).items()], seeds, runs)
-    text = "\n\n".join(render_table(number, given, runs, read_results(OWN)[1], only))
+    text = "\n\n".join(render_table(name, given, runs, read_results(OWN)[1], only))
     say("\n" + text)
     if rank() == 0:
         RUNS.mkdir(exist_ok=True)
-        (RUNS / f"table-{number}.md").write_text(text)
+        (RUNS / f"table-{name}.md").write_text(text)
     if failures:
         raise Problem(f"{count(len(failures), 'run')} failed: {'; '.join(failures)}", 1)
 
@@ -213,7 +213,7 @@ def show_figure(name, given):
     title = f"{part.title}, {parts[0][0]}"
     if not named:
         raise Problem(f"--figure {name}: nothing to draw, no result for {title}", 1)
-    {2: draw_figure2, 4: draw_figure4}[name](named, title, target)
+    {"2": draw_figure2, "4": draw_figure4}[name](named, title, target)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,12 +226,12 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def render_table(number, given, runs, benches, only=()):
+def render_table(name, given, runs, benches, only=()):
     """-> [a block of Markdown, ...]"""
-    parts = asked_parts(TABLES[number], given, only)
-    costs = [render_costs(part, given, benches) for part in parts if number == 1]
-    name = f"Table {number}" if isinstance(number, int) else number
-    return costs + [render_part(name, part, given, runs) for part in parts]
+    parts = asked_parts(TABLES[name], given, only)
+    costs = [render_costs(part, given, benches) for part in parts if name == "1"]
+    title = f"Table {name}" if name.isdigit() else name
+    return costs + [render_part(title, part, given, runs) for part in parts]
 
 
 def summary(config, paper, runs):
@@ -250,7 +250,7 @@ def summary(config, paper, runs):
     return f"{mean:.2f}{spread}", f"{mean - paper:+.2f}" if isinstance(paper, float) else "–", how
 
 
-def render_part(name, part, given, runs):
+def render_part(table, part, given, runs):
     """One block: paper | ours | difference, of the same data, for each column; a study: ours."""
     columns, configs = part_columns(part, given), part_cells(part, given)
     kinds = ("",) if part.study else ("paper", "ours", "difference")
@@ -269,7 +269,8 @@ def render_part(name, part, given, runs):
             cells += ours[:1] if part.study else [theirs, *ours[:2]]
         rows.append([*cells, "quoted" if changes is None else
                      told_how(hows, part.study)])
-    return f"**{name}: {part.title}.** {caption(part, configs, given)}.\n\n{markdown(header, rows)}"
+    title = f"**{table}: {part.title}.** {caption(part, configs, given)}."
+    return f"{title}\n\n{markdown(header, rows)}"
 
 
 def told_how(hows, study):
@@ -371,7 +372,7 @@ def render_block(words, results, parse):
     (table, _, part), (commands, given) = words[0].partition("/"), parse(words[1:])
     if commands:
         raise Problem(f"{shlex.join(words)}: only flags of a run here")
-    blocks = render_table(int(table) if table.isdigit() else table, given, runs, benches)
+    blocks = render_table(table, given, runs, benches)
     if part:
         return blocks[int(part) - 1]
     return "\n\n".join([*blocks, f"`python train.py --table {shlex.join([table, *words[1:]])}`"])
