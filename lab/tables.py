@@ -235,12 +235,12 @@ def render_table(name, given, runs, benches, only=()):
 
 
 def summary(config, paper, runs):
-    """ours, difference and how, of one cell, over all seeds known -> three strings."""
+    """One cell, over all seeds known -> ours, difference, how: (seeds, epochs, devices) or ()."""
     lines = of_seeds(config, runs)
     if not lines:
-        return "–", "–", "–"
+        return "–", "–", ()
     devices = " and ".join(sorted({line["environment"]["device"] for line in lines}))
-    how = f"{count(len(lines), 'seed')}, {count(lines[0]['epochs'], 'epoch')}, {devices}"
+    how = count(len(lines), "seed"), count(lines[0]["epochs"], "epoch"), devices
     bad = [line["outcome"] for line in lines if line["outcome"] != "ok"]
     if bad:
         return f"fail ({bad[0]})", "–", how
@@ -258,30 +258,20 @@ def render_part(table, part, given, runs):
                     for column in columns for kind in kinds), "how" if part.study else "ours: how"]
     rows = []
     for row, changes, paper in part.rows:
-        cells, hows = [row], {}
+        cells, hows = [row], []
         for column, about in columns.items():
-            value, config, ours = paper.get(column), configs.get((row, column)), ("–", "–", "–")
-            if config:
+            value, ours, difference, how = paper.get(column), "–", "–", ()
+            if config := configs.get((row, column)):
                 same = config.dataset == merge(part.base, about, changes).get("dataset")
-                ours = summary(config, value if same else None, runs)
-                hows[column] = ours[2]
+                ours, difference, how = summary(config, value if same else None, runs)
+            hows += [how] if how else []
             theirs = f"{value:.2f}" if isinstance(value, float) else value or "–"
-            cells += ours[:1] if part.study else [theirs, *ours[:2]]
-        rows.append([*cells, "quoted" if changes is None else
-                     told_how(hows, part.study)])
+            cells += [ours] if part.study else [theirs, ours, difference]
+        each = [" / ".join(dict.fromkeys(words)) for words in zip(*hows, strict=True)]
+        how = ("; " if part.study else ", ").join(each) or "–"
+        rows.append([*cells, "quoted" if changes is None else how])
     title = f"**{table}: {part.title}.** {caption(part, configs, given)}."
     return f"{title}\n\n{markdown(header, rows)}"
-
-
-def told_how(hows, study):
-    """{column: how} -> how; of the paper's tables by column where they differ."""
-    hows = {column: how for column, how in hows.items() if how != "–"}
-    if study:                                                            # seeds; epochs; device
-        each = zip(*(how.split(", ", 2) for how in hows.values()), strict=True)
-        return "; ".join(" / ".join(dict.fromkeys(words)) for words in each) or "–"
-    if len(set(hows.values())) <= 1:
-        return next(iter(hows.values()), "–")
-    return "; ".join(f"{column}: {how}" for column, how in hows.items())
 
 
 def changes_told(changes):
