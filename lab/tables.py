@@ -125,29 +125,33 @@ def part_cells(part, given):
 # ------------------------------------------------------------------------------------------------
 
 
-def obtain(config, runs):
-    """Run a Config, or go on with its run; training that fails is a result.
-
-    -> None, or what went wrong
-    """
-    key = config_key(config)
-    folder = RUNS / f"{data_name(config)}-{config.model}-{key}-{config.seed}"
+def attempt(name, function, *arguments):
+    """function(*arguments) -> [], or [what went wrong]; being asked to stop stops all."""
+    say(f"--- {name}")
     try:
-        runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=str(folder)))
+        function(*arguments)
+        return []
+    except (Problem, RuntimeError, MemoryError) as failure:              # out of memory, mostly
+        if getattr(failure, "code", 1) > 128:
+            raise
+        say(f"failed: {name}: {reason(failure)}")
+        return [f"{name}: {reason(failure)}"]
+
+
+def obtain(config, runs):
+    """Run a Config, or go on with its run; training that diverges is a result."""
+    key = config_key(config)
+    folder = str(RUNS / f"{data_name(config)}-{config.model}-{key}-{config.seed}")
+    try:
+        runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=folder))
     except Diverged as failure:
         runs[key, config.seed] = line = {
             "data": data_name(config), "model": config.model, "key": key, "seed": config.seed,
             "error": None, "epochs": config.epochs, "outcome": str(failure).split(";")[0],
-            "folder": str(folder), "config": dataclasses.asdict(config),
+            "folder": folder, "config": dataclasses.asdict(config),
             "environment": environment(pick_device(config.device))}
         if rank() == 0:
             record(line)
-    except Problem as failure:
-        if failure.code > 128:                            # asked to stop
-            raise
-        return str(failure)
-    except (RuntimeError, MemoryError) as failure:        # out of memory, most likely
-        return reason(failure)
 
 
 def obtain_all(cells, seeds, runs):
@@ -156,10 +160,8 @@ def obtain_all(cells, seeds, runs):
     for name, config in cells:
         for seed in range(config.seed, config.seed + seeds):
             if (config_key(config), seed) not in runs:
-                say(f"--- {name}, seed {seed}")
-                if wrong := obtain(dataclasses.replace(config, seed=seed), runs):
-                    say(f"failed: {name}: {wrong}")
-                    failures.append(f"{name}: {wrong}")
+                failures += attempt(f"{name}, seed {seed}", obtain,
+                                    dataclasses.replace(config, seed=seed), runs)
     return failures
 
 
@@ -171,11 +173,8 @@ def measure_costs(part, given):
         known = [(line["batch"], line["device"])
                  for line in bench.costs_of(config, read_results(OWN)[1])]
         if (config.batch_size, device) not in known:
-            say(f"--- {name}: memory and time at batch {config.batch_size}")
-            try:
-                bench.in_a_process(bench.bench_step, config)
-            except (Problem, RuntimeError, MemoryError) as failure:
-                say(f"failed: {name}: {reason(failure)}")
+            attempt(f"{name}: memory and time at batch {config.batch_size}",
+                    bench.in_a_process, bench.bench_step, config)
 
 
 def show_table(name, only, seeds, given):

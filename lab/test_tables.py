@@ -297,6 +297,14 @@ def test_failing_rows_are_reported_and_the_others_go_on(cli, faked):
     assert cells[1] == "10.00" and "1 seed" in cells[-1] and cells[4] == "–"
 
 
+def test_a_table_that_is_asked_to_stop_stops(cli, faked):
+    def stop(config):
+        raise Problem("stopped by SIGTERM", 128 + 15)
+    asked = faked(stop)
+    assert_one_line(cli("--table 5"), "SIGTERM", code=143)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("errors, shown", [
     ([10.0], "10.00"), ([10.0, 12.0, 17.0], "13.00 ± 3.61"), ([9.0, 9.0], "9.00 ± 0.00")])
 def test_a_cell_is_the_mean_and_the_deviation_of_its_seeds(errors, shown):
