@@ -50,12 +50,8 @@ def read_lines(*files):
     for file in files:
         for n, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
             try:
-                entry = json.loads(line)
+                yield json.loads(line)
             except ValueError:
-                entry = None
-            if isinstance(entry, dict):
-                yield entry
-            elif line:
                 say(f"{file}, line {n}: torn, left out")
 
 
