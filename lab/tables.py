@@ -354,9 +354,7 @@ def render_block(words, results, parse):
         return render_runs(runs)
     if kind == "speed":
         return render_speed(speeds)
-    (table, _, part), (commands, given) = words[0].partition("/"), parse(words[1:])
-    if commands:
-        raise Problem(f"{shlex.join(words)}: only flags of a run here")
+    (table, _, part), (_, given) = words[0].partition("/"), parse(words[1:])
     blocks = render_table(table, given, runs, benches)
     if part:
         return blocks[int(part) - 1]
@@ -369,18 +367,18 @@ def report(check, parse):
     <!-- table 3 --epochs 20 ... --> to <!-- end -->
     parse: words of a command line -> commands, fields of Config given
     """
-    results, pages = read_results(), [README, PUBLISHED / "README.md"]
-    if not any(page.exists() for page in pages):
+    results = read_results()
+    pages = [page for page in (README, PUBLISHED / "README.md") if page.exists()]
+    if not pages:
         raise Problem(f"no {README} here")
-    for page in filter(Path.exists, pages):
+    for page in pages:
         before = page.read_text()
         after = re.sub(r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->",
                        lambda match: f"<!-- {match[1]} -->\n"
                        f"{render_block(match[1], results, parse)}\n<!-- end -->",
                        before, flags=re.S)
-        if after != before and check:
+        if check and after != before:
             raise Problem(f"{page} does not agree with {PUBLISHED}/: run python train.py --report",
                           1)
-        if after != before:
-            page.write_text(after)
-        say(f"{page}: {'brought up to date' if after != before else 'up to date'}")
+        page.write_text(after)
+        say(f"{page}: up to date")
