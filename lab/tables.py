@@ -282,7 +282,7 @@ def caption(part, configs, given):
     known = {**identity(config), "epochs": config.epochs}
     elsewhere = {"set", "hold_out"}
     if not part.study:
-        elsewhere |= {"dataset", "train_images", "epochs", "recipe"}
+        elsewhere |= {"dataset", "train_images", "epochs"}
     changes = {name: known[name] for name in given if name in known and name not in elsewhere}
     changes |= given.get("set", {})
     if part.study:
@@ -292,8 +292,7 @@ def caption(part, configs, given):
     data = data_name(config) if "dataset" in given else "the paper's data"
     if config.train_images:
         data += f", {count(config.train_images, 'training image')}"
-    fast = " (recipe fast: not the paper's schedule)" if config.recipe == "fast" else ""
-    return f"{error}; ours: {data}, {count(config.epochs, 'epoch')}{fast}{changes_told(changes)}"
+    return f"{error}; ours: {data}, {count(config.epochs, 'epoch')}{changes_told(changes)}"
 
 
 def render_costs(part, given, benches):

@@ -546,9 +546,9 @@ def test_captions_of_the_papers_tables_tell_every_flag_that_decides_a_result(cli
              "--batch-size 8 --clip 0 --image-size 16 --test-images 9 --set types=4 --lam 0.5 "
              "--recipe fast --device cpu")
     text, plain = reported(cli, f"table 3/1 {words}", "table 3/1 --lr 0.5")
-    assert (".** Held-out error in %; ours: digits, 64 training images, 3 epochs (recipe fast: not "
-            "the paper's schedule), image_size=16, test_images=9, lam=0.5, lr=0.5, batch_size=8, "
-            "clip=0.0, schedule=steps, types=4.\n") in text
+    assert (".** Held-out error in %; ours: digits, 64 training images, 3 epochs, "
+            "image_size=16, test_images=9, lam=0.5, recipe=fast, lr=0.5, batch_size=8, clip=0.0, "
+            "schedule=steps, types=4.\n") in text
     assert ".** Test error in %; ours: the paper's data, 600 epochs, lr=0.5.\n" in plain
 
 
