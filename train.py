@@ -58,27 +58,25 @@ def make_parser():
                            f"digits:\n{' '.join(flags(RECIPES['digits']))}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
-    commands.add_argument("--table", choices=TABLES,
-                          help="run a table of the paper, or a study of ours")
+    one = commands.add_mutually_exclusive_group()
+    one.add_argument("--table", choices=TABLES, help="run a table of the paper, or a study of ours")
     commands.add_argument("--row", nargs="+", metavar="TEXT",
-                          help="with --table: run and print only rows with this in their "
-                               "name")
+                          help="with --table: only rows with this in their name")
     commands.add_argument("--seeds", type=number(1), metavar="K",
                           help="with --table: runs of each row (default: 1)")
-    commands.add_argument("--figure", choices=FIGURES,
-                          help="draw a figure of the paper, or a study, from what tables have run")
-    commands.add_argument("--report", action="store_true",
-                          help="render README's tables from results/")
+    one.add_argument("--figure", choices=FIGURES,
+                     help="draw a figure of the paper, or a study, from what tables have run")
+    one.add_argument("--report", action="store_true", help="render README's tables from results/")
     commands.add_argument("--check", action="store_true",
                           help="with --report: only compare, exit 1 if it differs")
-    commands.add_argument("--bench", nargs="?", const="step",
-                          choices=("step", "routing", "sinkhorn", "network", "scaling"),
-                          help="speed and memory of training, or of its parts beside others' code")
-    commands.add_argument("--test-only", action="store_true",
-                          help="test the network of --resume (default: newest)")
-    commands.add_argument("--predict", nargs="+", metavar="IMAGE",
-                          help="images or folders: classify with the network of --resume")
-    commands.add_argument("--list", action="store_true", help="models, data sets, tables")
+    one.add_argument("--bench", nargs="?", const="step",
+                     choices=("step", "routing", "sinkhorn", "network", "scaling"),
+                     help="speed and memory of training, or of its parts beside others' code")
+    one.add_argument("--test-only", action="store_true",
+                     help="test the network of --resume (default: newest)")
+    one.add_argument("--predict", nargs="+", metavar="IMAGE",
+                     help="images or folders: classify with the network of --resume")
+    one.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(parser)
     return parser
@@ -160,26 +158,18 @@ def show_list():
 
 
 def check_commands(commands, given):
-    """One command at a time, with the flags that it heeds."""
-    heeded = {"list": (), "report": ("check",), "bench": (), "table": ("row", "seeds"),
-              "figure": (), "test_only": (), "predict": ()}
-    asked = [name for name in heeded if name in commands]
-    def told(names):
-        return ", ".join(sorted("--" + name.replace("_", "-") for name in names))
-    if len(asked) > 1:
-        raise Problem(f"{told(asked)}: one at a time")
-    known = heeded[asked[0]] if asked else ()
-    if idle := [name for name in commands if name not in (*asked, *known, "debug")]:
-        raise Problem(f"{told(idle)}: no use " + (f"with {told(asked)}" if asked else "alone"))
-    if commands.get("bench", "step") != "step" and set(given) - {"device"}:
-        raise Problem(f"{told(set(given) - {'device'})}: no use with --bench {commands['bench']}")
-    if not {"table", "figure"} & set(commands):
-        return
-    if "model" in given or "resume" in given:
-        raise Problem("--table and --figure choose the models and resume by themselves: "
-                      "no --model, no --resume")
-    if "output_dir" in given:
-        raise Problem("--table and --figure keep all in runs/: no --output-dir")
+    """A flag that the command would not heed is refused."""
+    for flag, needed in (("check", "report"), ("row", "table"), ("seeds", "table")):
+        if flag in commands and needed not in commands:
+            raise Problem(f"--{flag}: of use with --{needed} alone")
+    idle = set()
+    if "table" in commands or "figure" in commands:      # these choose models and folders
+        idle = {"model", "resume", "output_dir"} & set(given)
+    elif commands.get("bench", "step") != "step":
+        idle = set(given) - {"device"}
+    if idle:
+        told = ", ".join(sorted("--" + name.replace("_", "-") for name in idle))
+        raise Problem(f"{told}: of no use with this command")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):

@@ -593,7 +593,7 @@ def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, told", [
     ("--check", "--check"), ("--row x", "--row"), ("--seeds 3", "--seeds"),
-    ("--table 3 --figure 4", "one at a time"), ("--figure 4 --seeds 2", "--seeds"),
+    ("--table 3 --figure 4", "not allowed with"), ("--figure 4 --seeds 2", "--seeds"),
     ("--bench network --model encapnet6 --amp", "--amp, --model"), ("--list --seeds 2", "--seeds"),
     ("--table 3 --output-dir there", "--output-dir"),
     ("--figure 4 --output-dir there", "--output-dir")])
