@@ -25,6 +25,7 @@ each process's BatchNorm sees its own part, so that two do not train exactly as 
 """
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 
@@ -37,7 +38,6 @@ from lab.config import (
     RECIPES,
     Config,
     Parser,
-    flags,
     make_config,
     merge,
     models,
@@ -55,7 +55,7 @@ def make_parser():
     parser = Parser("train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="Defaults are the paper's, but without --dataset or with --dataset "
-                           f"digits:\n{' '.join(flags(RECIPES['digits']))}",
+                           f"digits:\n{RECIPES['digits']}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
     one = commands.add_mutually_exclusive_group()
@@ -84,23 +84,18 @@ def make_parser():
 
 def add_fields(parser):
     """A flag for every field of Config, in its group."""
-    groups = {}
-    for field in dataclasses.fields(Config):
-        about = field.metadata
-        if about["group"] not in groups:
-            groups[about["group"]] = parser.add_argument_group(about["group"])
-        flag = dict(about["flag"])
-        if field.type is bool:
-            flag["action"] = argparse.BooleanOptionalAction
-        elif field.type in (int, float):
-            flag.setdefault("type", number(0, field.type))
-        if not {"choices", "action", "metavar"} & set(flag):
-            flag["metavar"] = field.name.rpartition("_")[2].upper()
-        if field.default not in ("", None, dataclasses.MISSING):
-            several = isinstance(field.default, tuple)
-            shown = " ".join(map(str, field.default)) if several else field.default
-            flag["help"] += f" (default: {shown})"
-        groups[about["group"]].add_argument("--" + field.name.replace("_", "-"), **flag)
+    groups = itertools.groupby(dataclasses.fields(Config), lambda field: field.metadata["group"])
+    for title, fields in groups:
+        group = parser.add_argument_group(title)
+        for field in fields:
+            flag = dict(field.metadata["flag"])
+            if field.type is bool:
+                flag["action"] = argparse.BooleanOptionalAction
+            elif field.type in (int, float):
+                flag.setdefault("type", number(0, field.type))
+            if field.default not in ("", None, dataclasses.MISSING):
+                flag["help"] += f" (default: {field.default})"
+            group.add_argument("--" + field.name.replace("_", "-"), **flag)
 
 
 def parse(arguments):

@@ -90,7 +90,7 @@ def assignment(text):
 
 def option(default, group, help, *, free=False, **flag):
     """A field of Config and its flag.  free: no part of a run's identity, may change on resume."""
-    metadata = dict(group=group, free=free, flag={"help": help.replace("%", "%%"), **flag})
+    metadata = dict(group=group, free=free, flag={"help": help, **flag})
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -108,8 +108,7 @@ AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-
 @dataclasses.dataclass
 class Config:
     dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
-    data_path: str = data_option("data", help="where data sets are, or go", free=True,
-                                 metavar="DIR")
+    data_path: str = data_option("data", help="where data sets are, or go", free=True)
     image_size: int = data_option(0, help="one number, the side of the square that the network "
                                   "sees: other shapes are resized by the short side, and the "
                                   "middle is cut out; 0: the data set's")
@@ -121,8 +120,7 @@ class Config:
     augment: str = data_option("none", choices=AUGMENT,
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
     flip: bool = data_option(False, help="mirror training images at random (++: yes, digits: no)")
-    class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it",
-                                  metavar="FILE")
+    class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it")
     unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
                                   "report; trust: do not look beforehand", free=True,
                                   choices=("stop", "skip", "trust"))
@@ -146,7 +144,7 @@ class Config:
     clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
                                "never, as in the paper; recipes digits and fast: 1", metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
-    milestones: tuple = train_option((200, 300, 400), help="epochs at which the rate falls",
+    milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
     gamma: float = train_option(0.1, help="by this factor")
     seed: int = train_option(0, help="of weights, order and augmentation")
@@ -207,21 +205,6 @@ def make_config(**given):
     if has_logits(config.model) and config.loss != "ce":
         raise Problem(f"--loss {config.loss} needs capsule lengths; {config.model} has logits: ce")
     return config
-
-
-def flags(fields):
-    """{field of Config: value} -> the words of a command line that give them."""
-    words = []
-    for name, value in fields.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, dict):
-            words += [f"--{flag}={k}={v!r}" for k, v in value.items()]
-        elif isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{flag}")
-        else:
-            many = isinstance(value, (list, tuple))
-            words += [f"--{flag}", *map(str, value if many else [value])]
-    return words
 
 
 def data_name(config):
