@@ -35,12 +35,12 @@ from lab.checkpoint import load_checkpoint, newest
 from lab.config import (
     DATASETS,
     MODEL_SIDE,
+    MODELS,
     RECIPES,
     Config,
     Parser,
     make_config,
     merge,
-    models,
     number,
     tested_on,
 )
@@ -137,7 +137,7 @@ def train(given):
 
 def show_list():
     print("models, with what sets them apart (--set changes it):")
-    for name in models():
+    for name in MODELS:
         cls, keywords = encapnet.MODELS.get(name, (None, {}))
         side = MODEL_SIDE.get(name, 0)
         about = [f"{side}x{side} images"] * (side > 0) + [f"{k}={v}" for k, v in keywords.items()]

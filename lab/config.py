@@ -1,7 +1,6 @@
 """What a run is asked to be: Config, whose fields are the flags, recipes, what names a result."""
 import argparse
 import ast
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -40,11 +39,8 @@ DATASETS = {
 }
 PEERS = {"resnet101": {}, "wide_resnet101_2": {}, "vgg16": {},
          "googlenet": dict(aux_logits=False, init_weights=True)}
+MODELS = (*encapnet.MODELS, *PEERS)
 MODEL_SIDE = {"encapnet-v2": 128, "encapnet-v3": 224}
-
-
-def models():
-    return [*encapnet.MODELS, *PEERS]
 
 
 def has_logits(model):
@@ -63,13 +59,11 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, kind=int):
     """Argument type: a finite number from low on."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) < math.inf:
-                return kind(text)
-        noun = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a {noun}, at least {low}")
-    return parse
+    def number(text):
+        if not low <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be at least {low}, and finite")
+        return kind(text)
+    return number
 
 
 def assignment(text):
@@ -126,7 +120,7 @@ class Config:
                                   choices=("stop", "skip", "trust"))
     workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
                                free=True)
-    model: str = model_option("encapnet", help="see --list", choices=models(), metavar="MODEL")
+    model: str = model_option("encapnet", help="see --list", choices=MODELS, metavar="MODEL")
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
     init: str = model_option("", help="start from the weights of another run, its folder; where "
