@@ -12,16 +12,7 @@ from pathlib import Path
 
 import encapnet
 from lab import bench
-from lab.config import (
-    Config,
-    config_key,
-    data_name,
-    has_logits,
-    identity,
-    make_config,
-    merge,
-    tested_on,
-)
+from lab.config import Config, config_key, data_name, identity, make_config, merge, tested_on
 from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
 from lab.fit import clock, environment, fit, record
 from lab.paper import CIFAR10, FIGURES, TABLES
@@ -71,14 +62,12 @@ def row_config(*layers):
     """A cell's Config.  --set reaches the networks that take it; types=T narrows the others."""
     changes = merge(*layers)
     cls, usual = encapnet.MODELS.get(changes["model"], (None, {}))
-    wanted, types = changes["set"], changes["set"].get("types")
-    if cls:
-        mine = encapnet.keywords(cls)
-        known = {name for other, _ in encapnet.MODELS.values() for name in encapnet.keywords(other)}
-        wanted = {k: v for k, v in wanted.items() if k in mine or k not in known}
-    if isinstance(types, int) and has_logits(changes["model"]):
-        rest = {k: v for k, v in wanted.items() if k != "types"}
-        wanted = {"width": usual.get("width", 1.0) * types / 32, **rest}
+    mine = encapnet.keywords(cls) if cls else ()
+    known = {name for other, _ in encapnet.MODELS.values() for name in encapnet.keywords(other)}
+    wanted = {k: v for k, v in changes["set"].items() if k in mine or k not in known}
+    types = changes["set"].get("types")
+    if isinstance(types, int) and "types" not in mine:
+        wanted = {"width": usual.get("width", 1.0) * types / 32, **wanted}
     return make_config(**{**changes, "set": wanted})
 
 
