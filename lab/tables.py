@@ -16,24 +16,13 @@ from lab.config import Config, config_key, data_name, identity, make_config, mer
 from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
 from lab.fit import clock, environment, fit, record
 from lab.paper import CIFAR10, FIGURES, TABLES
-from lab.runtime import (
-    PUBLISHED,
-    README,
-    RUNS,
-    Diverged,
-    Problem,
-    count,
-    pick_device,
-    rank,
-    reason,
-    say,
-)
+from lab.runtime import RUNS, Diverged, Problem, count, pick_device, rank, reason, say
 
 # ------------------------------------------------------------------------------------------------
 # What has been run, and what a cell asks for
 # ------------------------------------------------------------------------------------------------
 
-OWN = RUNS / "results.jsonl"
+OWN, PUBLISHED, README = RUNS / "results.jsonl", Path("results"), Path("README.md")
 
 
 def read_lines(*files):
