@@ -17,9 +17,6 @@ epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed 
 goes on with --resume, or when the same command with an --output-dir is given again, bit for bit on
 a CPU.  runs/results.jsonl collects the results.
 
-Your images: DIR/train/CLASS/* and DIR/test/CLASS/* (or val); each is resized by its short side and
-its middle cut out, so that all are squares of --image-size.
-
 Several processes (torchrun) share each batch.  On GPUs, BatchNorm sees the whole of it; on a CPU
 each process's BatchNorm sees its own part, so that two do not train exactly as one does.
 """
