@@ -6,7 +6,8 @@
     python train.py --resume                               go on with the newest unfinished run
     python train.py --resume RUN --test-only               or --predict IMAGE...
     python train.py --init RUN --data-path DIR ...         start from a trained network's weights
-    python train.py --table 3 --seeds 3 --recipe fast      a table of the paper; also --figure 2, 4
+    python train.py --table 3 --seeds 3 --recipe fast      a table of the paper, of three seeds
+    python train.py --figure 4 --recipe fast               a figure, of what its table has run
     python train.py --bench --model capnet-em --batch-size 4
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
@@ -16,14 +17,12 @@ epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed 
 goes on with --resume, or when the same command with an --output-dir is given again, bit for bit on
 a CPU.  runs/results.jsonl collects the results.
 
-Your images: DIR/train/CLASS/* and DIR/test/CLASS/* (or val); each is resized by its short side and
-its middle cut out, so that all are squares of --image-size.
-
 Several processes (torchrun) share each batch.  On GPUs, BatchNorm sees the whole of it; on a CPU
 each process's BatchNorm sees its own part, so that two do not train exactly as one does.
 """
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 
@@ -33,13 +32,12 @@ from lab.checkpoint import load_checkpoint, newest
 from lab.config import (
     DATASETS,
     MODEL_SIDE,
+    MODELS,
     RECIPES,
     Config,
     Parser,
-    flags,
     make_config,
     merge,
-    models,
     number,
     tested_on,
 )
@@ -49,40 +47,33 @@ from lab.tables import FIGURES, TABLES, report, show_figure, show_table
 from lab.use import predict, test_only
 
 
-def name_of(text):
-    """A table's or figure's number, or the name of a study."""
-    return int(text) if text.isdigit() else text
-
-
 def make_parser():
     """One flag for every field of Config, and the commands."""
     parser = Parser("train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="Defaults are the paper's, but without --dataset or with --dataset "
-                           f"digits:\n{' '.join(flags(RECIPES['digits']))}",
+                           f"digits:\n{RECIPES['digits']}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
-    commands.add_argument("--table", type=name_of, choices=[1, 2, *list(TABLES)[1:]],
-                          help="run a table of the paper, or a study of ours")
+    one = commands.add_mutually_exclusive_group()
+    one.add_argument("--table", choices=TABLES, help="run a table of the paper, or a study of ours")
     commands.add_argument("--row", nargs="+", metavar="TEXT",
-                          help="with --table: run and print only rows with this in their "
-                               "name")
+                          help="with --table: only rows with this in their name")
     commands.add_argument("--seeds", type=number(1), metavar="K",
-                          help="with --table, --figure: runs of each row (default: 1)")
-    commands.add_argument("--figure", type=name_of, choices=list(FIGURES),
-                          help="run and draw a figure of the paper, or draw a study")
-    commands.add_argument("--report", action="store_true",
-                          help="render README's tables from results/")
+                          help="with --table: runs of each row (default: 1)")
+    one.add_argument("--figure", choices=FIGURES,
+                     help="draw a figure of the paper, or a study, from what tables have run")
+    one.add_argument("--report", action="store_true", help="render README's tables from results/")
     commands.add_argument("--check", action="store_true",
                           help="with --report: only compare, exit 1 if it differs")
-    commands.add_argument("--bench", action="store_true",
-                          help="speed and memory of a training step (python -m lab.bench: of its "
-                               "parts beside others' code)")
-    commands.add_argument("--test-only", action="store_true",
-                          help="test the network of --resume (default: newest)")
-    commands.add_argument("--predict", nargs="+", metavar="IMAGE",
-                          help="images or folders: classify with the network of --resume")
-    commands.add_argument("--list", action="store_true", help="models, data sets, tables")
+    one.add_argument("--bench", action="store_true",
+                     help="speed and memory of a training step (python -m lab.bench: of its "
+                          "parts beside others' code)")
+    one.add_argument("--test-only", action="store_true",
+                     help="test the network of --resume (default: newest)")
+    one.add_argument("--predict", nargs="+", metavar="IMAGE",
+                     help="images or folders: classify with the network of --resume")
+    one.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(parser)
     return parser
@@ -90,23 +81,18 @@ def make_parser():
 
 def add_fields(parser):
     """A flag for every field of Config, in its group."""
-    groups = {}
-    for field in dataclasses.fields(Config):
-        about = field.metadata
-        if about["group"] not in groups:
-            groups[about["group"]] = parser.add_argument_group(about["group"])
-        flag = dict(about["flag"])
-        if field.type is bool:
-            flag["action"] = argparse.BooleanOptionalAction
-        elif field.type in (int, float):
-            flag.setdefault("type", number(0, field.type))
-        if not {"choices", "action", "metavar"} & set(flag):
-            flag["metavar"] = field.name.rpartition("_")[2].upper()
-        if field.default not in ("", None, dataclasses.MISSING):
-            several = isinstance(field.default, tuple)
-            shown = " ".join(map(str, field.default)) if several else field.default
-            flag["help"] += f" (default: {shown})"
-        groups[about["group"]].add_argument("--" + field.name.replace("_", "-"), **flag)
+    groups = itertools.groupby(dataclasses.fields(Config), lambda field: field.metadata["group"])
+    for title, fields in groups:
+        group = parser.add_argument_group(title)
+        for field in fields:
+            flag = dict(field.metadata["flag"])
+            if field.type is bool:
+                flag["action"] = argparse.BooleanOptionalAction
+            elif field.type in (int, float):
+                flag.setdefault("type", number(0, field.type))
+            if field.default not in ("", None, dataclasses.MISSING):
+                flag["help"] += f" (default: {field.default})"
+            group.add_argument("--" + field.name.replace("_", "-"), **flag)
 
 
 def parse(arguments):
@@ -148,7 +134,7 @@ def train(given):
 
 def show_list():
     print("models, with what sets them apart (--set changes it):")
-    for name in models():
+    for name in MODELS:
         cls, keywords = encapnet.MODELS.get(name, (None, {}))
         side = MODEL_SIDE.get(name, 0)
         about = [f"{side}x{side} images"] * (side > 0) + [f"{k}={v}" for k, v in keywords.items()]
@@ -157,38 +143,22 @@ def show_list():
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")
     print("tables and figures:")
-    for k in (1, 2, *list(TABLES)[1:]):
-        titles = [part.title for part in TABLES[k]] if k in TABLES else ["architectures"]
-        print(f"  --table {k:<9}", "; ".join(re.split("[;:]", title)[0] for title in titles))
-    for k, (title, _) in FIGURES.items():
-        print(f"  --figure {k:<8}", title)
+    for k, parts in TABLES.items():
+        titles = dict.fromkeys(re.split("[;:]", part.title)[0] for part in parts)
+        print(f"  --table {k:<9}", "; ".join(titles) or "architectures")
+    for k, parts in FIGURES.items():
+        print(f"  --figure {k:<8}", re.split("[;:]", parts[0].title)[0])
 
 
 def check_commands(commands, given):
-    """One command at a time, with the flags that it heeds."""
-    heeded = {"list": (), "report": ("check",), "bench": (), "table": ("row", "seeds"),
-              "figure": ("seeds",), "test_only": (), "predict": ()}
-    asked = [name for name in heeded if name in commands]
-    def told(names):
-        return ", ".join(sorted("--" + name.replace("_", "-") for name in names))
-    if len(asked) > 1:
-        raise Problem(f"{told(asked)}: one at a time")
-    known = heeded[asked[0]] if asked else ()
-    if idle := [name for name in commands if name not in (*asked, *known, "debug")]:
-        raise Problem(f"{told(idle)}: no use " + (f"with {told(asked)}" if asked else "alone"))
-    if not {"table", "figure"} & set(commands):
-        return
-    if "model" in given or "resume" in given:
-        raise Problem("--table and --figure choose the models and resume by themselves: "
-                      "no --model, no --resume")
-    if "table" in commands and "output_dir" in given:
-        raise Problem("--table keeps its runs in runs/: no --output-dir")
-    if commands.get("table") == 2 and {"row", "seeds"} & set(commands):
-        raise Problem("--table 2 is of networks, without a run: no --row, no --seeds")
-    if commands.get("figure", 4) != 4 and commands.get("seeds", 1) > 1:
-        shown = FIGURES[commands["figure"]][1] and "one run of each routing"
-        raise Problem(f"--figure {commands['figure']} shows {shown or 'what its table has run'}: "
-                      "no --seeds")
+    """A flag that the command would not heed is refused."""
+    for flag, needed in (("check", "report"), ("row", "table"), ("seeds", "table")):
+        if flag in commands and needed not in commands:
+            raise Problem(f"--{flag}: of use with --{needed} alone")
+    idle = {"model", "resume", "output_dir"} & set(given)
+    if idle and ("table" in commands or "figure" in commands):
+        told = ", ".join(sorted("--" + name.replace("_", "-") for name in idle))
+        raise Problem(f"{told}: --table and --figure choose models and folders by themselves")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
@@ -204,7 +174,7 @@ def command(commands, given):
     if "bench" in commands:
         return bench.bench_step(make_config(**given))
     if "figure" in commands:
-        return show_figure(commands["figure"], commands.get("seeds", 1), given)
+        return show_figure(commands["figure"], given)
     if "table" in commands:
         return show_table(commands["table"], commands.get("row", ()), commands.get("seeds", 1),
                           given)

@@ -1,7 +1,6 @@
 """What a run is asked to be: Config, whose fields are the flags, recipes, what names a result."""
 import argparse
 import ast
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -40,11 +39,8 @@ DATASETS = {
 }
 PEERS = {"resnet101": {}, "wide_resnet101_2": {}, "vgg16": {},
          "googlenet": dict(aux_logits=False, init_weights=True)}
+MODELS = (*encapnet.MODELS, *PEERS)
 MODEL_SIDE = {"encapnet-v2": 128, "encapnet-v3": 224}
-
-
-def models():
-    return [*encapnet.MODELS, *PEERS]
 
 
 def has_logits(model):
@@ -63,13 +59,11 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, kind=int):
     """Argument type: a finite number from low on."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) < math.inf:
-                return kind(text)
-        noun = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a {noun}, at least {low}")
-    return parse
+    def number(text):
+        if not low <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be at least {low}, and finite")
+        return kind(text)
+    return number
 
 
 def assignment(text):
@@ -90,7 +84,7 @@ def assignment(text):
 
 def option(default, group, help, *, free=False, **flag):
     """A field of Config and its flag.  free: no part of a run's identity, may change on resume."""
-    metadata = dict(group=group, free=free, flag={"help": help.replace("%", "%%"), **flag})
+    metadata = dict(group=group, free=free, flag={"help": help, **flag})
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -108,8 +102,7 @@ AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-
 @dataclasses.dataclass
 class Config:
     dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
-    data_path: str = data_option("data", help="where data sets are, or go", free=True,
-                                 metavar="DIR")
+    data_path: str = data_option("data", help="where data sets are, or go", free=True)
     image_size: int = data_option(0, help="one number, the side of the square that the network "
                                   "sees: other shapes are resized by the short side, and the "
                                   "middle is cut out; 0: the data set's")
@@ -121,14 +114,13 @@ class Config:
     augment: str = data_option("none", choices=AUGMENT,
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
     flip: bool = data_option(False, help="mirror training images at random (++: yes, digits: no)")
-    class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it",
-                                  metavar="FILE")
+    class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it")
     unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
                                   "report; trust: do not look beforehand", free=True,
                                   choices=("stop", "skip", "trust"))
     workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
                                free=True)
-    model: str = model_option("encapnet", help="see --list", choices=models(), metavar="MODEL")
+    model: str = model_option("encapnet", help="see --list", choices=MODELS, metavar="MODEL")
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
     init: str = model_option("", help="start from the weights of another run, its folder; where "
@@ -146,7 +138,7 @@ class Config:
     clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
                                "never, as in the paper; recipes digits and fast: 1", metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
-    milestones: tuple = train_option((200, 300, 400), help="epochs at which the rate falls",
+    milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
     gamma: float = train_option(0.1, help="by this factor")
     seed: int = train_option(0, help="of weights, order and augmentation")
@@ -207,21 +199,6 @@ def make_config(**given):
     if has_logits(config.model) and config.loss != "ce":
         raise Problem(f"--loss {config.loss} needs capsule lengths; {config.model} has logits: ce")
     return config
-
-
-def flags(fields):
-    """{field of Config: value} -> the words of a command line that give them."""
-    words = []
-    for name, value in fields.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, dict):
-            words += [f"--{flag}={k}={v!r}" for k, v in value.items()]
-        elif isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{flag}")
-        else:
-            many = isinstance(value, (list, tuple))
-            words += [f"--{flag}", *map(str, value if many else [value])]
-    return words
 
 
 def data_name(config):

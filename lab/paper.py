@@ -19,9 +19,10 @@ def use(name, **keywords):
 
 CIFAR10, MNIST = dict(dataset="cifar10"), dict(dataset="mnist")
 SETS = ("cifar10", "cifar100", "svhn")
+CAPNET = {"CIFAR-10": use("capnet-dynamic")}
 DEEP = dict(feedback=0, coefficients="both", skip="both")    # Table 3's EncapNet without a unit
 TABLES = {
-    1: [Part("six-layer networks", {}, {"CIFAR-10": CIFAR10, "MNIST": MNIST}, [
+    "1": [Part("six-layer networks", {}, {"CIFAR-10": CIFAR10, "MNIST": MNIST}, [
         # "cost": the paper's Mb of parameters, MB of memory at this batch, s a batch on a Titan X
         ("(a) CapNet, dynamic", use("capnet-dynamic"),
          {"CIFAR-10": 14.28, "MNIST": 0.37, "cost": (151.24, 3961, 8, 0.444)}),
@@ -36,7 +37,8 @@ TABLES = {
         ("(f) EncapNet, master/aide", use("encapnet6"),
          {"CIFAR-10": 11.93, "MNIST": 0.25, "cost": (60.68, 1755, 128, 0.061)}),
     ])],
-    3: [Part("capConv design", CIFAR10, {"EncapNet": use("encapnet")}, [
+    "2": [],                                    # architectures: no runs
+    "3": [Part("capConv design", CIFAR10, {"EncapNet": use("encapnet")}, [
         ("(1) master (baseline)", dict(set=dict(DEEP, coefficients=None, skip=None)),
          {"EncapNet": 9.83}),
         ("(2) master/aide v1", dict(set=dict(DEEP, coefficients="own", skip=None)),
@@ -68,8 +70,8 @@ TABLES = {
         *((f"OT loss, lambda {lam:g}", dict(lam=lam, set=dict(feedback=1)), {"EncapNet": "–"})
           for lam in (0.1, 1.0, 10.0)),
     ])],
-    4: [Part("comparison; the paper's mean ± std: ++ on CIFAR-10 3.56 ± 0.12 and SVHN 1.87 ± 0.11, "
-             "+ on CIFAR-100 24.85 ± 0.11", use("encapnet"),
+    "4": [Part("comparison; the paper's mean ± std: ++ on CIFAR-10 3.56 ± 0.12 and SVHN "
+               "1.87 ± 0.11, + on CIFAR-100 24.85 ± 0.11", use("encapnet"),
              {name: dict(dataset=name) for name in SETS},
              [(f"EncapNet{a}", dict(augment=a or "none"), dict(zip(SETS, p, strict=True)))
               for a, *p in (("", 4.55, 26.77, 2.01), ("+", 3.13, 24.01, 1.64),
@@ -99,10 +101,10 @@ TABLES = {
                 ("EncapNet-18", "encapnet", 7.51), ("GoogleNet", "googlenet", 7.89),
                 ("VGG", "vgg16", 8.43), ("ResNet-101", "resnet101", 6.21))],
             own_data=True)],
-    5: [Part("routing iterations, CapNet (dynamic)", CIFAR10, {"CIFAR-10": use("capnet-dynamic")}, [
+    "5": [Part("routing iterations, CapNet (dynamic)", CIFAR10, CAPNET, [
         (str(r), dict(set=dict(iterations=r)), {"CIFAR-10": error})
         for r, error in ((1, 14.79), (2, 14.41), (3, 14.28), (4, 14.25))]),
-        Part("initial routing coefficients", CIFAR10, {"CIFAR-10": use("capnet-dynamic")}, [
+        Part("initial routing coefficients", CIFAR10, CAPNET, [
             (b, dict(set=dict(b_init=b)), {"CIFAR-10": error})
             for b, error in (("random", 14.35), ("zero", 14.28), ("learnable", 14.11))]),
         Part("loss and optimizer", dict(CIFAR10, **use("capnet-dynamic")),
@@ -171,15 +173,13 @@ TABLES |= {
         dict(ROUTING, image_size=16, epochs=2), dict(list(ROUTINGS.items())[:2]),
         {"over j": dict(set=dict(softmax="out"))})],
 }
-# Channels (EncapNet: 32 types x capsule dimension) and side of the outputs of M0 .. M4 of both
-TABLE2 = {"stem": (32, 32), "blocks.0": (64, 32), "blocks.1": (128, 16), "blocks.2": (256, 8),
-          "blocks.3": (512, 4)}
+# Figures show results of rows of a table; those of the paper, of its Tables 1 and 3
 FIGURES = {
-    2: ("agreement of votes with the class capsule",
-        {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")}),
-    4: ("training loss with and without OT divergence",
-        {"EncapNet": use("encapnet", feedback=0), "EncapNet * OT": use("encapnet", feedback=1),
-         "ResNet": use("resnet18", feedback=0), "ResNet * OT": use("resnet18", feedback=1)}),
-    "few": ("what feedback gains on few images", {}),
-    "routing": ("error against routing iterations", {}),
+    "2": [study("agreement of votes with the class capsule, Table 1 (a) and (b)", CIFAR10, {"": {}},
+              {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")})],
+    "4": [study("training loss without and with OT divergence, Table 3 (a) and (c)", CIFAR10,
+              TABLES["3"][1].columns,
+              {"": dict(set=dict(feedback=0)), "* OT": dict(set=dict(feedback=1))})],
+    "few": TABLES["few"],
+    "routing": TABLES["routing"],
 }

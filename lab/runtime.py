@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-RUNS, PUBLISHED, README = Path("runs"), Path("results"), Path("README.md")
+RUNS = Path("runs")
 
 
 class Problem(Exception):

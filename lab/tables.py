@@ -14,37 +14,17 @@ import torch
 
 import encapnet
 from lab import bench
-from lab.config import (
-    Config,
-    config_key,
-    data_name,
-    has_logits,
-    identity,
-    make_config,
-    merge,
-    tested_on,
-)
+from lab.config import Config, config_key, data_name, identity, make_config, merge, tested_on
 from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
 from lab.fit import clock, environment, fit, make_model, record
-from lab.paper import CIFAR10, FIGURES, TABLE2, TABLES, use
-from lab.runtime import (
-    PUBLISHED,
-    README,
-    RUNS,
-    Diverged,
-    Problem,
-    count,
-    pick_device,
-    rank,
-    reason,
-    say,
-)
+from lab.paper import CIFAR10, FIGURES, TABLES, use
+from lab.runtime import RUNS, Diverged, Problem, count, pick_device, rank, reason, say
 
 # ------------------------------------------------------------------------------------------------
 # What has been run, and what a cell asks for
 # ------------------------------------------------------------------------------------------------
 
-OWN = RUNS / "results.jsonl"
+OWN, PUBLISHED, README = RUNS / "results.jsonl", Path("results"), Path("README.md")
 
 
 def read_lines(*files):
@@ -52,12 +32,8 @@ def read_lines(*files):
     for file in files:
         for n, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
             try:
-                entry = json.loads(line)
+                yield json.loads(line)
             except ValueError:
-                entry = None
-            if isinstance(entry, dict):
-                yield entry
-            elif line:
                 say(f"{file}, line {n}: torn, left out")
 
 
@@ -77,25 +53,23 @@ def row_config(*layers):
     """A cell's Config.  --set reaches the networks that take it; types=T narrows the others."""
     changes = merge(*layers)
     cls, usual = encapnet.MODELS.get(changes["model"], (None, {}))
-    wanted, types = changes["set"], changes["set"].get("types")
-    if cls:
-        mine = encapnet.keywords(cls)
-        known = {name for other, _ in encapnet.MODELS.values() for name in encapnet.keywords(other)}
-        wanted = {k: v for k, v in wanted.items() if k in mine or k not in known}
-    if isinstance(types, int) and has_logits(changes["model"]):
-        rest = {k: v for k, v in wanted.items() if k != "types"}
-        wanted = {"width": usual.get("width", 1.0) * types / 32, **rest}
+    mine = encapnet.keywords(cls) if cls else ()
+    known = {name for other, _ in encapnet.MODELS.values() for name in encapnet.keywords(other)}
+    wanted = {k: v for k, v in changes["set"].items() if k in mine or k not in known}
+    types = changes["set"].get("types")
+    if isinstance(types, int) and "types" not in mine:
+        wanted = {"width": usual.get("width", 1.0) * types / 32, **wanted}
     return make_config(**{**changes, "set": wanted})
 
 
-def asked_parts(number, given, only=()):
-    """Blocks of a table, of their rows those with one of the words `only` in their name.
+def asked_parts(parts, given, only=()):
+    """The blocks to run or draw, of their rows those with one of the words `only` in their name.
 
     With --dataset, the blocks that can take it: ImageNet's keep to their own.
     """
     parts = [part._replace(rows=[row for row in part.rows
                                  if not only or any(word in row[0] for word in only)])
-             for part in TABLES.get(number, ())]
+             for part in parts]
     return [part for part in parts if part.rows and not (
         part.own_data and given.get("dataset", part.base["dataset"]) != part.base["dataset"])]
 
@@ -127,41 +101,43 @@ def part_cells(part, given):
 # ------------------------------------------------------------------------------------------------
 
 
-def obtain(config, runs):
-    """Run a Config, or go on with its run; training that fails is a result.
-
-    -> None, or what went wrong
-    """
-    key = config_key(config)
-    folder = RUNS / f"{data_name(config)}-{config.model}-{key}-{config.seed}"
+def attempt(name, function, *arguments):
+    """function(*arguments) -> [], or [what went wrong]; being asked to stop stops all."""
+    say(f"--- {name}")
     try:
-        runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=str(folder)))
+        function(*arguments)
+        return []
+    except (Problem, RuntimeError, MemoryError) as failure:              # out of memory, mostly
+        if getattr(failure, "code", 1) > 128:
+            raise
+        say(f"failed: {name}: {reason(failure)}")
+        return [f"{name}: {reason(failure)}"]
+
+
+def obtain(config, runs):
+    """Run a Config, or go on with its run; training that diverges is a result."""
+    key = config_key(config)
+    folder = str(RUNS / f"{data_name(config)}-{config.model}-{key}-{config.seed}")
+    try:
+        runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=folder))
     except Diverged as failure:
         runs[key, config.seed] = line = {
             "data": data_name(config), "model": config.model, "key": key, "seed": config.seed,
             "error": None, "epochs": config.epochs, "outcome": str(failure).split(";")[0],
-            "folder": str(folder), "config": dataclasses.asdict(config),
+            "folder": folder, "config": dataclasses.asdict(config),
             "environment": environment(pick_device(config.device))}
         if rank() == 0:
             record(line)
-    except Problem as failure:
-        if failure.code > 128:                            # asked to stop
-            raise
-        return str(failure)
-    except (RuntimeError, MemoryError) as failure:        # out of memory, most likely
-        return reason(failure)
 
 
 def obtain_all(cells, seeds, runs):
-    """Run what is missing among cells [(name, Config)] -> what went wrong."""
+    """Run what is missing among cells {name: Config} -> what went wrong."""
     failures = []
-    for name, config in cells:
+    for name, config in cells.items():
         for seed in range(config.seed, config.seed + seeds):
             if (config_key(config), seed) not in runs:
-                say(f"--- {name}, seed {seed}")
-                if wrong := obtain(dataclasses.replace(config, seed=seed), runs):
-                    say(f"failed: {name}: {wrong}")
-                    failures.append(f"{name}: {wrong}")
+                failures += attempt(f"{', '.join(filter(None, name))}, seed {seed}", obtain,
+                                    dataclasses.replace(config, seed=seed), runs)
     return failures
 
 
@@ -178,62 +154,47 @@ def measure_costs(part, given):
         known = [(line["batch"], line["device"])
                  for line in bench.costs_of(config, read_results(OWN)[1])]
         if (config.batch_size, device) not in known:
-            say(f"--- {name}: memory and time at batch {config.batch_size}")
-            try:
-                bench.bench_step(config)
-            except (Problem, RuntimeError, MemoryError) as failure:
-                say(f"failed: {name}: {reason(failure)}")
+            attempt(f"{name}: memory and time at batch {config.batch_size}",
+                    bench.bench_step, config)
 
 
-def show_table(number, only, seeds, given):
-    """Run what a table lacks, print it, keep it in runs/table-N.md."""
-    parts, runs = asked_parts(number, given, only), read_results(OWN)[0]
-    if number == 1 and "WORLD_SIZE" in os.environ:       # there a step is of all processes
+def show_table(name, only, seeds, given):
+    """Run what a table lacks, print it, keep it in runs/table-NAME.md."""
+    parts, runs = asked_parts(TABLES[name], given, only), read_results(OWN)[0]
+    if name == "1" and "WORLD_SIZE" in os.environ:       # there a step is of all processes
         say("memory and time are measured without torchrun: python train.py --table 1")
-    elif number == 1:
+    elif name == "1":
         measure_costs(parts[0], given)
-    failures = obtain_all([(", ".join(cell), config) for part in parts
-                           for cell, config in part_cells(part, given).items()], seeds, runs)
-    text = "\n\n".join(render_table(number, given, runs, read_results(OWN)[1], only))
+    failures = [failure for part in parts
+                for failure in obtain_all(part_cells(part, given), seeds, runs)]
+    text = "\n\n".join(render_table(name, given, runs, read_results(OWN)[1], only))
     say("\n" + text)
     if rank() == 0:
         RUNS.mkdir(exist_ok=True)
-        (RUNS / f"table-{number}.md").write_text(text)
+        (RUNS / f"table-{name}.md").write_text(text)
     refuse(failures)
 
 
-def show_figure(number, seeds, given):
-    """Run what Figure 2 or 4 lacks and draw it, into --output-dir or runs/; or draw a study."""
-    title, variants = FIGURES[number]
-    target = Path(given.get("output_dir", RUNS)) / f"figure-{number}.png"
-    given = {k: v for k, v in given.items() if k != "output_dir"}
-    runs, *_ = read_results(OWN)
-    if not variants:
-        return show_study(number, given, runs, target)
-    configs = {name: row_config(CIFAR10, changes, given) for name, changes in variants.items()}
-    refuse(obtain_all(configs.items(), seeds, runs))
-    lines = {name: [line for line in of_seeds(config, runs) if "curves" in line]
-             for name, config in configs.items()}
-    for name, config in configs.items():
-        if not lines[name]:
-            raise Problem(f"{name}: nothing to draw, {summary(config, None, runs)[0]}", 1)
-    if rank() == 0:
-        title = f"{title}, {data_name(next(iter(configs.values())))}"
-        {2: draw_figure2, 4: draw_figure4}[number](lines, title, target)
-
-
-def show_study(name, given, runs, target):
-    """Draw a study from what its table has run: nothing is trained here."""
-    parts = []                                       # (data, {row: {column: {seed: error}}})
-    for part in asked_parts(name, given):
-        rows = {}
-        for (row, column), config in part_cells(part, given).items():
-            if errors := {line["seed"]: line["error"] for line in of_seeds(config, runs)
-                          if line["error"] is not None}:
+def show_figure(name, given):
+    """Draw a figure into runs/: the paper's after running what it lacks, a study's as it is."""
+    runs, target = read_results(OWN)[0], RUNS / f"figure-{name}.png"
+    named, parts = {}, []                  # {name: [line]}; (data, {row: {column: {seed: error}}})
+    for part in asked_parts(FIGURES[name], given):
+        rows, cells = {}, part_cells(part, given)
+        if name.isdigit():
+            refuse(obtain_all(cells, 1, runs))
+        for (row, column), config in cells.items():
+            if lines := [line for line in of_seeds(config, runs) if line["error"] is not None]:
+                named[f"{column} {row}".strip()] = lines
+                errors = {line["seed"]: line["error"] for line in lines}
                 rows.setdefault(row, {})[column] = errors
         parts.append((f"{data_name(config)} at {config.image_size}x{config.image_size}", rows))
-    if rank() == 0:
-        {"few": draw_few, "routing": draw_routing}[name](parts, target)
+    if name in ("few", "routing"):
+        return {"few": draw_few, "routing": draw_routing}[name](parts, target)
+    title = f"{part.title}, {parts[0][0]}"
+    if not named:
+        raise Problem(f"--figure {name}: nothing to draw, every run of {title} has diverged", 1)
+    {"2": draw_figure2, "4": draw_figure4}[name](named, title, target)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -246,23 +207,23 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def render_table(number, given, runs, benches, only=()):
+def render_table(name, given, runs, benches, only=()):
     """-> [a block of Markdown, ...]"""
-    if number == 2:
+    if name == "2":
         return [architecture("encapnet", given), architecture("resnet18", given)]
-    parts = asked_parts(number, given, only)
-    costs = [render_costs(part, given, benches) for part in parts if number == 1]
-    name = f"Table {number}" if isinstance(number, int) else number
-    return costs + [render_part(name, part, given, runs) for part in parts]
+    parts = asked_parts(TABLES[name], given, only)
+    costs = [render_costs(part, given, benches) for part in parts if name == "1"]
+    title = f"Table {name}" if name.isdigit() else name
+    return costs + [render_part(title, part, given, runs) for part in parts]
 
 
 def summary(config, paper, runs):
-    """ours, difference and how, of one cell, over all seeds known -> three strings."""
+    """One cell, over all seeds known -> ours, difference, how: (seeds, epochs, devices) or ()."""
     lines = of_seeds(config, runs)
     if not lines:
-        return "–", "–", "–"
+        return "–", "–", ()
     devices = " and ".join(sorted({line["environment"]["device"] for line in lines}))
-    how = f"{count(len(lines), 'seed')}, {count(lines[0]['epochs'], 'epoch')}, {devices}"
+    how = count(len(lines), "seed"), count(lines[0]["epochs"], "epoch"), devices
     bad = [line["outcome"] for line in lines if line["outcome"] != "ok"]
     if bad:
         return f"fail ({bad[0]})", "–", how
@@ -272,7 +233,7 @@ def summary(config, paper, runs):
     return f"{mean:.2f}{spread}", f"{mean - paper:+.2f}" if isinstance(paper, float) else "–", how
 
 
-def render_part(name, part, given, runs):
+def render_part(table, part, given, runs):
     """One block: paper | ours | difference, of the same data, for each column; a study: ours."""
     columns, configs = part_columns(part, given), part_cells(part, given)
     kinds = ("",) if part.study else ("paper", "ours", "difference")
@@ -280,29 +241,20 @@ def render_part(name, part, given, runs):
                     for column in columns for kind in kinds), "how" if part.study else "ours: how"]
     rows = []
     for row, changes, paper in part.rows:
-        cells, hows = [row], {}
+        cells, hows = [row], []
         for column, about in columns.items():
-            value, config, ours = paper.get(column), configs.get((row, column)), ("–", "–", "–")
-            if config:
+            value, ours, difference, how = paper.get(column), "–", "–", ()
+            if config := configs.get((row, column)):
                 same = config.dataset == merge(part.base, about, changes).get("dataset")
-                ours = summary(config, value if same else None, runs)
-                hows[column] = ours[2]
+                ours, difference, how = summary(config, value if same else None, runs)
+            hows += [how] if how else []
             theirs = f"{value:.2f}" if isinstance(value, float) else value or "–"
-            cells += ours[:1] if part.study else [theirs, *ours[:2]]
-        rows.append([*cells, "quoted" if changes is None else
-                     told_how(hows, part.study)])
-    return f"**{name}: {part.title}.** {caption(part, configs, given)}.\n\n{markdown(header, rows)}"
-
-
-def told_how(hows, study):
-    """{column: how} -> how; of the paper's tables by column where they differ."""
-    hows = {column: how for column, how in hows.items() if how != "–"}
-    if study:                                                            # seeds; epochs; device
-        each = zip(*(how.split(", ", 2) for how in hows.values()), strict=True)
-        return "; ".join(" / ".join(dict.fromkeys(words)) for words in each) or "–"
-    if len(set(hows.values())) <= 1:
-        return next(iter(hows.values()), "–")
-    return "; ".join(f"{column}: {how}" for column, how in hows.items())
+            cells += [ours] if part.study else [theirs, ours, difference]
+        each = [" / ".join(dict.fromkeys(words)) for words in zip(*hows, strict=True)]
+        how = ("; " if part.study else ", ").join(each) or "–"
+        rows.append([*cells, "quoted" if changes is None else how])
+    title = f"**{table}: {part.title}.** {caption(part, configs, given)}."
+    return f"{title}\n\n{markdown(header, rows)}"
 
 
 def changes_told(changes):
@@ -318,7 +270,7 @@ def caption(part, configs, given):
     known = {**identity(config), "epochs": config.epochs}
     elsewhere = {"set", "hold_out"}
     if not part.study:
-        elsewhere |= {"dataset", "train_images", "epochs", "recipe"}
+        elsewhere |= {"dataset", "train_images", "epochs"}
     changes = {name: known[name] for name in given if name in known and name not in elsewhere}
     changes |= given.get("set", {})
     if part.study:
@@ -328,8 +280,7 @@ def caption(part, configs, given):
     data = data_name(config) if "dataset" in given else "the paper's data"
     if config.train_images:
         data += f", {count(config.train_images, 'training image')}"
-    fast = " (recipe fast: not the paper's schedule)" if config.recipe == "fast" else ""
-    return f"{error}; ours: {data}, {count(config.epochs, 'epoch')}{fast}{changes_told(changes)}"
+    return f"{error}; ours: {data}, {count(config.epochs, 'epoch')}{changes_told(changes)}"
 
 
 def render_costs(part, given, benches):
@@ -351,32 +302,23 @@ def render_costs(part, given, benches):
          "s a batch: paper", "ours", "device"], rows)
 
 
-def architecture(name, given):
-    """Table 2 from the built network; a Problem where sizes are not the paper's."""
-    changed, shapes, rows = given.get("set", {}), {}, []
-    network = make_model(row_config(CIFAR10, use(name, feedback=0), {"set": changed}), 10, 3).eval()
-    parts = {"stem": network.stem, "classes": network.classes,
-             **{f"blocks.{k}": block for k, block in enumerate(network.blocks)}}
-    for part, layer in parts.items():
-        layer.register_forward_hook(lambda layer, given, out, part=part: shapes.update(
-            {part: tuple((out[-1] if isinstance(out, tuple) else out).shape[1:])}))
-    with torch.no_grad():
-        network(torch.zeros(1, 3, 32, 32))
-    for part, shape in shapes.items():                                   # as they are called
-        layers = [f"{child} x {len(layer)}" if child in ("chain", "rest") else child
-                  for child, layer in parts[part].named_children() if part.startswith("blocks")]
-        capsule = shape[0] // network.types if len(shape) == 3 and name == "encapnet" else shape[-1]
-        rows.append([part, ", ".join(layers), " x ".join(map(str, shape)),
-                     capsule if name == "encapnet" else "–",
-                     f"{sum(p.numel() for p in parts[part].parameters()):,}"])
-    wrong = {part: shapes[part] for part, (channels, side) in TABLE2.items()
-             if shapes[part] != (channels, side, side)}
-    if wrong and not changed:
-        raise Problem(f"Table 2: {name} gives {wrong}, the paper has {TABLE2}", 1)
-    weights = sum(p.numel() for p in network.parameters())
-    note = f"changed by {changed}" if changed else "output sizes as the paper's"
-    return f"**Table 2: {name}.** {weights:,} parameters; {note}.\n\n" + markdown(
-        ["", "layers", "output", "capsule dim", "parameters"], rows)
+@torch.no_grad()
+def architecture(model, given):
+    """Table 2 of the built network: the size of each part's output."""
+    config = row_config(CIFAR10, use(model, feedback=0), {"set": given.get("set", {})})
+    network = make_model(config, 10, 3).eval()
+    u = network.stem(torch.zeros(1, 3, config.image_size, config.image_size))
+    outputs = [("M0", network.stem, "convolution", u)]
+    for k, block in enumerate(network.blocks, 1):
+        _, u = block(u)
+        first, *rest = (type(layer).__name__ for layer in block.modules()
+                        if isinstance(layer, (encapnet.CapConv, encapnet.ResidualBlock)))
+        outputs.append((f"M{k}", block, f"{1 + len(rest)} {first}", u))
+    outputs.append(("classes", network.classes, type(network.classes).__name__, network.scores(u)))
+    rows = [[name, layers, " x ".join(map(str, out.shape[1:])),
+             f"{sum(p.numel() for p in part.parameters()):,}"]
+            for name, part, layers, out in outputs]
+    return f"**Table 2: {model}.**\n\n" + markdown(["", "layers", "output", "parameters"], rows)
 
 
 def render_runs(runs):
@@ -418,10 +360,8 @@ def render_block(words, results, parse):
         return render_runs(runs)
     if kind == "speed":
         return render_speed(speeds)
-    (table, _, part), (commands, given) = words[0].partition("/"), parse(words[1:])
-    if commands:
-        raise Problem(f"{shlex.join(words)}: only flags of a run here")
-    blocks = render_table(int(table) if table.isdigit() else table, given, runs, benches)
+    (table, _, part), (_, given) = words[0].partition("/"), parse(words[1:])
+    blocks = render_table(table, given, runs, benches)
     if part:
         return blocks[int(part) - 1]
     return "\n\n".join([*blocks, f"`python train.py --table {shlex.join([table, *words[1:]])}`"])
@@ -433,18 +373,18 @@ def report(check, parse):
     <!-- table 3 --epochs 20 ... --> to <!-- end -->
     parse: words of a command line -> commands, fields of Config given
     """
-    results, pages = read_results(), [README, PUBLISHED / "README.md"]
-    if not any(page.exists() for page in pages):
+    results = read_results()
+    pages = [page for page in (README, PUBLISHED / "README.md") if page.exists()]
+    if not pages:
         raise Problem(f"no {README} here")
-    for page in filter(Path.exists, pages):
+    for page in pages:
         before = page.read_text()
         after = re.sub(r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->",
                        lambda match: f"<!-- {match[1]} -->\n"
                        f"{render_block(match[1], results, parse)}\n<!-- end -->",
                        before, flags=re.S)
-        if after != before and check:
+        if check and after != before:
             raise Problem(f"{page} does not agree with {PUBLISHED}/: run python train.py --report",
                           1)
-        if after != before:
-            page.write_text(after)
-        say(f"{page}: {'brought up to date' if after != before else 'up to date'}")
+        page.write_text(after)
+        say(f"{page}: up to date")

@@ -112,7 +112,7 @@ def units_of(net):
 
 def test_rows_of_table_3_build_what_they_are_called():
     small = {"set": dict(types=2, depths=(2, 1), dims=(1, 2, 2))}
-    cells = [(row, config) for part in TABLES[3]
+    cells = [(row, config) for part in TABLES["3"]
              for (row, column), config in part_cells(part, small).items() if column == "EncapNet"]
     assert len(cells) == len(TABLE_3)
     for row, config in cells:
@@ -126,7 +126,7 @@ def test_the_resnet_column_of_table_3_is_the_same_change_to_resnet18():
               "(c)": dict(units=1, divergence="ot", cost="cosine", bias_fix=True, plan_grad=False,
                           extractor=True)}
     cells = [(row, config) for (row, column), config in
-             part_cells(TABLES[3][1], {"set": {"types": 1}}).items() if column == "ResNet"]
+             part_cells(TABLES["3"][1], {"set": {"types": 1}}).items() if column == "ResNet"]
     assert len(cells) == len(called)
     for row, config in cells:
         net = make_model(config, 10, 3)
@@ -145,7 +145,7 @@ SMALL_4 = {"EncapNet": "none", "EncapNet+": "+", "EncapNet++": "++"}
 
 
 def test_rows_of_table_4_are_what_they_are_called():
-    small, hard, whole = (cells_of(part) for part in TABLES[4])
+    small, hard, whole = (cells_of(part) for part in TABLES["4"])
     assert {(row, column) for row, column, _ in small} == {
         (row, name) for row in SMALL_4 for name in ("cifar10", "cifar100", "svhn")}
     for row, column, config in small:
@@ -181,7 +181,7 @@ def test_encapnets_stem_has_stride_4_from_128_pixels_on(side, stem):
 
 
 def test_rows_of_tables_1_and_5_are_what_they_are_called():
-    part, = TABLES[1]
+    part, = TABLES["1"]
     models = [(row[:3], config.model, config.dataset)
               for (row, _), config in part_cells(part, {}).items()]
     names = ["capnet-dynamic", "capnet-em", "cnn-same", "cnn-similar", "encapnet6-master",
@@ -189,7 +189,7 @@ def test_rows_of_tables_1_and_5_are_what_they_are_called():
     assert sorted(models) == sorted((f"({letter})", name, data) for letter, name in
                                     zip("abcdef", names, strict=True)
                                     for data in ("cifar10", "mnist"))
-    iterations, starts, losses = (cells_of(part) for part in TABLES[5])
+    iterations, starts, losses = (cells_of(part) for part in TABLES["5"])
     assert all(make_model(config, 10, 3).routed[0].iterations == int(row)
                for row, _, config in iterations) and len(iterations) == 4
     assert [config.set["b_init"] for _, _, config in starts] == [row for row, *_ in starts]
@@ -200,11 +200,11 @@ def test_rows_of_tables_1_and_5_are_what_they_are_called():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 3, 4, 5])
+@pytest.mark.parametrize("number", ["1", "3", "4", "5"])
 def test_a_whole_table_in_miniature(number, cli, quick):
     done = cli(f"--table {number} {MINIATURE} --set types=4")
     assert done.code == 0, done
-    for block in done.out[done.out.index("**Table"):].split("**Table")[2 if number == 1 else 1:]:
+    for block in done.out[done.out.index("**Table"):].split("**Table")[2 if number == "1" else 1:]:
         for line in block.splitlines():
             if line.startswith("| ") and "---" not in line and "paper" not in line:
                 assert "seed" in line or "quoted" in line, line
@@ -230,9 +230,13 @@ def test_under_torchrun_table_1_runs_without_its_costs(cli, faked, monkeypatch):
 
 
 def test_table_2_is_the_built_network(cli):
-    done = cli("--table 2")
-    assert done.code == 0 and done.out.count("as the paper's") == 2
-    assert "| stem" in done.out and "512 x 4 x 4" in done.out
+    out = cli("--table 2").out.splitlines()
+    for model, layers, sizes in (("encapnet", "4 CapConv", "512 x 4 x 4"),
+                                 ("resnet18", "2 ResidualBlock", "512 x 4 x 4")):
+        block = out[out.index(f"**Table 2: {model}.**"):]
+        assert block[8].startswith(f"| M4 | {layers} | {sizes} |"), block
+    assert "| M1 | 2 CapConv | 4 x 32 x 32 |" in cli(
+        "--table 2 --set types=2 --set depths=(1,1) --set dims=(1,2,4)").out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -266,12 +270,12 @@ def test_a_known_result_is_never_run_again_an_unknown_seed_is(faked, place, monk
     asked, config = faked(), make_config(dataset="mnist", lr=1e-3)
     other = make_config(dataset="mnist", lr=1e-2)
     runs = {(config_key(config), 0): "known", (config_key(other), 1): "another's"}
-    assert obtain_all([("one", config)], 3, runs) == []
+    assert obtain_all({("one",): config}, 3, runs) == []
     assert [c.seed for c in asked] == [1, 2] and {config_key(c) for c in asked} == \
         {config_key(config)}
     assert runs[config_key(config), 0] == "known"                      # and is left alone
     assert [runs[config_key(config), seed]["seed"] for seed in (1, 2)] == [1, 2]
-    assert obtain_all([("one", config)], 3, runs) == [] and len(asked) == 2
+    assert obtain_all({("one",): config}, 3, runs) == [] and len(asked) == 2
     assert len({c.output_dir for c in asked}) == 2                     # a folder a seed
 
 
@@ -285,7 +289,7 @@ def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch)
     monkeypatch.setattr(tables, "fit", diverge)
     for _ in range(2):
         runs, *_ = tables.read_results(Path("runs/results.jsonl"))
-        assert obtain_all([("one", config)], 1, runs) == []
+        assert obtain_all({("one",): config}, 1, runs) == []
         assert summary(config, 14.28, runs)[:2] == ("fail (NaN at step 1)", "–")
     assert len(tried) == 1
 
@@ -302,6 +306,14 @@ def test_failing_rows_are_reported_and_the_others_go_on(cli, faked):
     assert cells[1] == "10.00" and "1 seed" in cells[-1] and cells[4] == "–"
 
 
+def test_a_table_that_is_asked_to_stop_stops(cli, faked):
+    def stop(config):
+        raise Problem("stopped by SIGTERM", 128 + 15)
+    asked = faked(stop)
+    assert_one_line(cli("--table 5"), "SIGTERM", code=143)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("errors, shown", [
     ([10.0], "10.00"), ([10.0, 12.0, 17.0], "13.00 ± 3.61"), ([9.0, 9.0], "9.00 ± 0.00")])
 def test_a_cell_is_the_mean_and_the_deviation_of_its_seeds(errors, shown):
@@ -312,11 +324,11 @@ def test_a_cell_is_the_mean_and_the_deviation_of_its_seeds(errors, shown):
     mean = statistics.mean(errors)
     plural = "s" * (len(errors) > 1)
     assert summary(config, 14.28, runs) == (
-        shown, f"{mean - 14.28:+.2f}", f"{len(errors)} seed{plural}, 600 epochs, H100")
+        shown, f"{mean - 14.28:+.2f}", (f"{len(errors)} seed{plural}", "600 epochs", "H100"))
     assert summary(config, None, runs)[1] == summary(config, "fail", runs)[1] == "–"
     runs[config_key(config), 9] = result(config, 9, outcome="at chance", error=90.0)
     assert summary(config, 14.28, runs)[:2] == ("fail (at chance)", "–")
-    assert summary(make_config(dataset="cifar10", lr=2.0), 14.28, runs) == ("–", "–", "–")
+    assert summary(make_config(dataset="cifar10", lr=2.0), 14.28, runs) == ("–", "–", ())
 
 
 def test_a_tables_set_reaches_the_networks_that_have_it():
@@ -342,18 +354,17 @@ def drawn(monkeypatch):
     return figures_
 
 
-def test_every_curve_of_figure_4_is_its_own_runs(cli, faked, drawn):
+def test_every_curve_of_figure_4_is_its_own_rows_of_table_3(cli, drawn):
     """By legend, in its network's panel, one look a kind; the mean over seeds, epoch by epoch."""
-    asked = faked(lambda c: {"curves": {"loss": [
-        100 * (c.model == "resnet18") + 10 * c.set["feedback"] + c.seed - epoch / 2
-        for epoch in range(4)]}})
-    done = cli("--figure 4 --seeds 3 --output-dir there")
+    first = {("(a)", "EncapNet"): 1, ("(c)", "EncapNet"): 11, ("(a)", "ResNet"): 101,
+             ("(c)", "ResNet"): 111}                                   # others: no such curve
+    published(*(result(config, seed, curves={"loss": [
+        first.get((row[:3], column), 999) + seed - 1 - epoch / 2 for epoch in range(4)]})
+        for row, column, config in cells_of(TABLES["3"][1]) for seed in range(3)))
+    done = cli("--figure 4")
     assert done.code == 0, done
-    with Image.open("there/figure-4.png") as image:
+    with Image.open("runs/figure-4.png") as image:
         assert image.width > 500 and len(image.convert("L").getcolors()) > 10
-    assert len(asked) == 12 and {c.seed for c in asked} == {0, 1, 2}
-    assert all(c.dataset == "cifar10" and c.lam == 10 and c.set.get("divergence", "ot") == "ot"
-               for c in asked)
     figure, = drawn
     start = {"EncapNet": 1, "EncapNet * OT": 11, "ResNet": 101, "ResNet * OT": 111}
     looks = {}
@@ -379,12 +390,12 @@ def moment(routing, epoch):
             "length": [k + 0.1 * epoch + (routing == "em") / 2 for k in range(20)]}
 
 
-def test_figure_2_draws_every_routing_and_moment_where_it_says(cli, faked, drawn):
-    asked = faked(lambda c: {"curves": {}, "moments": [
-        moment(c.model.removeprefix("capnet-"), epoch) for epoch in (0, 60, 240, 600)]})
-    done = cli("--figure 2 --output-dir there")
-    assert done.code == 0 and Path("there/figure-2.png").exists(), done
-    assert [c.model for c in asked] == ["capnet-dynamic", "capnet-em"]
+def test_figure_2_draws_every_routing_and_moment_where_it_says(cli, drawn):
+    published(*(result(config, moments=[
+        moment(config.model.removeprefix("capnet-"), epoch) for epoch in (0, 60, 240, 600)])
+        for row, column, config in cells_of(TABLES["1"][0]) if column == "CIFAR-10"))
+    done = cli("--figure 2")
+    assert done.code == 0 and Path("runs/figure-2.png").exists(), done
     axes = drawn[0].axes
     panels, twins = axes[:8], axes[8:]
     assert [axis.get_title() for axis in panels] == [
@@ -453,11 +464,20 @@ def test_figure_2s_moments_are_before_after_a_tenth_four_tenths_and_all_of_the_r
         net.load_state_dict(state["net"])
 
 
-def test_a_figure_without_runs_says_why(cli, quick, monkeypatch):
-    def diverge(config):
-        raise Diverged("NaN at step 1; stopped")
-    monkeypatch.setattr(tables, "fit", diverge)
-    assert_one_line(cli(f"--figure 4 {MINIATURE}"), "nothing to draw", "NaN at step 1", code=1)
+def test_figure_4_runs_what_table_3_lacks_and_the_table_needs_it_no_more(cli, faked):
+    asked = faked(lambda config: {"curves": {"loss": [2.0, 1.0]}})
+    assert cli("--figure 4 --dataset digits --epochs 3").code == 0
+    assert {(c.model, c.set["feedback"], c.dataset, c.epochs) for c in asked} == {
+        (model, units, "digits", 3) for model in ("encapnet", "resnet18") for units in (0, 1)}
+    known = len(asked)
+    assert cli("--table 3 --row '(a)' '(c) OT' --dataset digits --epochs 3").code == 0
+    assert len(asked) == known == 4
+
+
+def test_a_figure_without_results_says_so(cli):
+    published(*(result(config, error=None, outcome="NaN at step 1")
+                for row, _, config in cells_of(TABLES["3"][1]) if row[:3] in ("(a)", "(c)")))
+    assert_one_line(cli("--figure 4"), "nothing to draw", "Table 3", code=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -482,13 +502,13 @@ def reported(cli, *blocks):
 def test_every_cell_of_every_table_is_its_own_runs_result(cli):
     """A result of its own for every Config: ImageNet's rows show top-5 errors, all others top-1."""
     cells = {(number, part.title): cells_of(part)
-             for number in (1, 3, 4, 5) for part in TABLES[number]}
+             for number in "1345" for part in TABLES[number]}
     keys = sorted({config_key(config) for found in cells.values() for *_, config in found})
     errors = {key: 101.25 + n for n, key in enumerate(keys)}
     published(*{config_key(config): result(
         config, error=errors[config_key(config)], top5_error=errors[config_key(config)] + 0.5)
         for found in cells.values() for *_, config in found}.values())
-    texts = reported(cli, *(f"table {number}" for number in (1, 3, 4, 5)))
+    texts = reported(cli, *(f"table {number}" for number in "1345"))
     blocks = dict(re.findall(r"^\*\*Table (\d: .*?)\.\*\*.*?\n\n((?:\|.*\n)+)", "\n".join(texts),
                              re.M))
     for (number, title), found in cells.items():
@@ -524,7 +544,7 @@ def test_every_column_tells_its_own_seeds_and_devices(cli):
               result(found["mnist"], environment={"device": "CPU", "command": ""}))
     text, = reported(cli, "table 1")
     assert "| 14.28 | 10.00 ± 0.00 | -4.28 | 0.37 | 10.00 | +9.63 |" in text
-    assert "| CIFAR-10: 2 seeds, 600 epochs, H100; MNIST: 1 seed, 600 epochs, CPU |" in text
+    assert "| 2 seeds / 1 seed, 600 epochs, H100 / CPU |" in text
 
 
 def test_captions_tell_what_was_asked_and_the_weight_that_all_columns_share(cli):
@@ -545,9 +565,9 @@ def test_captions_of_the_papers_tables_tell_every_flag_that_decides_a_result(cli
              "--batch-size 8 --clip 0 --image-size 16 --test-images 9 --set types=4 --lam 0.5 "
              "--recipe fast --device cpu")
     text, plain = reported(cli, f"table 3/1 {words}", "table 3/1 --lr 0.5")
-    assert (".** Held-out error in %; ours: digits, 64 training images, 3 epochs (recipe fast: not "
-            "the paper's schedule), image_size=16, test_images=9, lam=0.5, lr=0.5, batch_size=8, "
-            "clip=0.0, schedule=steps, types=4.\n") in text
+    assert (".** Held-out error in %; ours: digits, 64 training images, 3 epochs, "
+            "image_size=16, test_images=9, lam=0.5, recipe=fast, lr=0.5, batch_size=8, clip=0.0, "
+            "schedule=steps, types=4.\n") in text
     assert ".** Test error in %; ours: the paper's data, 600 epochs, lr=0.5.\n" in plain
 
 
@@ -592,10 +612,10 @@ def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, told", [
     ("--check", "--check"), ("--row x", "--row"), ("--seeds 3", "--seeds"),
-    ("--table 3 --figure 4", "one at a time"), ("--figure 2 --seeds 2", "--seeds"),
+    ("--table 3 --figure 4", "not allowed with"), ("--figure 4 --seeds 2", "--seeds"),
     ("--bench --seeds 2", "--seeds"), ("--list --seeds 2", "--seeds"),
-    ("--table 3 --output-dir there", "--output-dir"), ("--table 2 --row x", "no --row"),
-    ("--table 2 --seeds 3", "no --seeds"), ("--figure few --seeds 3", "its table has run")])
+    ("--table 3 --output-dir there", "--output-dir"),
+    ("--figure 4 --output-dir there", "--output-dir")])
 def test_flags_without_effect_are_refused(words, told, cli):
     assert_one_line(cli(words), told)
 
@@ -703,7 +723,7 @@ def test_rows_of_the_study_of_few_images_build_what_they_are_called():
 @pytest.mark.parametrize("words, blocks", [
     ({}, 3), ({"dataset": "digits"}, 2), ({"dataset": "folder", "data_path": "here"}, 3)])
 def test_photographs_keep_to_their_own_data(words, blocks):
-    assert len(asked_parts("few", words)) == blocks
+    assert len(asked_parts(TABLES["few"], words)) == blocks
 
 
 @pytest.mark.parametrize("words, paths", [
@@ -712,7 +732,7 @@ def test_photographs_keep_to_their_own_data(words, blocks):
     ({"dataset": "folder", "data_path": "here"}, 3 * ["here"])])
 def test_photographs_are_found_beside_the_other_data_sets(words, paths):
     """Wherever those are, the results are the same."""
-    cells = [part_cells(part, words) for part in asked_parts("few", words)]
+    cells = [part_cells(part, words) for part in asked_parts(TABLES["few"], words)]
     assert [{config.data_path for config in found.values()} for found in cells] == \
         [{path} for path in paths]
     if "dataset" not in words:

@@ -52,7 +52,7 @@ def test_help_and_list(cli, capsys):
         cli("--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for part in ("--milestones", "default: 200 300 400", "[Sec. 5]", "default: 128", "--table"):
+    for part in ("--milestones", "default: (200, 300, 400)", "[Sec. 5]", "default: 128", "--table"):
         assert part in text, part
     done = cli("--list")
     for name in (*encapnet.MODELS, *DATASETS, "--table 5", "--figure 4", "resnet101"):
