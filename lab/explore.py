@@ -37,16 +37,11 @@ class Trained(NamedTuple):
     net: torch.nn.Module
     data: Data
     device: torch.device
-    beside: "Trained" = None                        # another to compare with
 
     @property
     def name(self):
         """Model and changed keywords; seeds of one model share it."""
         return " ".join([self.config.model, *(f"{k}={v}" for k, v in self.config.set.items())])
-
-    @property
-    def size(self):
-        return sum(p.numel() for p in self.net.parameters())
 
     def scores(self, x):
         """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
@@ -76,19 +71,13 @@ def record(run, x, module):
 
 
 def features(run, x, labels):
-    """16 numbers an image, (B, 16), to read a pose from: the right class capsule, if there is one.
-
-    Of a network without capsules, the leading principal components of what its classifier sees.
-    """
+    """The capsule of each image's right class, whose length is the score: (B, d)."""
     layer, parts = getattr(run.net, "classes", None) or run.net.routed[-1], []
     for part, label in zip(x.split(250), labels.split(250), strict=True):
-        (given, *_), out = record(run, part, layer)
+        _, out = record(run, part, layer)
         v = out[0] if isinstance(out, tuple) else out                  # EM: pose, activation
-        parts.append(given if run.net.logits else v[torch.arange(len(v)), label])
-    z = torch.cat(parts).double().cpu()
-    if run.net.logits:
-        z = torch.linalg.svd(z - z.mean(0), full_matrices=False)[0][:, :16]
-    return z
+        parts.append(v[torch.arange(len(v)), label])
+    return torch.cat(parts).cpu().double()
 
 
 def r_squared(z, factors, labels):
@@ -109,27 +98,21 @@ def r_squared(z, factors, labels):
 
 
 def knows_poses(run):
-    return run.config.dataset == "digits" and hasattr(run.net, "stem")
+    return run.config.dataset == "digits" and not run.net.logits
 
 
 def draw_pose(run, figure, drawn=4000):
     images, labels, poses = draw_digits(drawn, train=False)             # files tell no poses
-    fits, legend = {}, []
-    for r in filter(None, (run, run.beside)):
-        x = fit_side(images, r.data.side).to(r.device).float() / 255
-        legend.append(f"{figures.legible(r.folder.name, 150, 7)}, {r.size:,} weights")
-        fits[str(r.folder)] = r_squared(features(r, x, labels), poses, labels)
+    x = fit_side(images, run.data.side).to(run.device).float() / 255
+    together, alone = r_squared(features(run, x, labels), poses, labels)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    names, (_, alone) = list(POSE), next(iter(fits.values()))
-    shown = left.imshow(alone.numpy(), cmap="viridis", vmin=0, aspect="auto")
-    left.set_yticks(range(len(names)), names)
-    left.set(xticks=range(0, 16, 3), xlabel="dimension (of a CNN: principal component)")
-    left.set_title("squared correlation, each alone", fontsize=9)
+    shown = left.imshow(alone.numpy(), vmin=0, aspect="auto")
+    left.set_yticks(range(len(POSE)), list(POSE))
+    left.set(xlabel="dimension", title="squared correlation, each alone")
     figure.colorbar(shown, ax=left)
-    told = {folder: together.tolist() for folder, (together, _) in fits.items()}
-    draw_bars(right, names, legend, told.values())
-    right.set_title("$R^2$ of a linear fit on 16 numbers, held out", fontsize=9)
-    return {folder: dict(zip(names, shares, strict=True)) for folder, shares in told.items()}
+    right.bar_label(right.bar(list(POSE), together.numpy()), fmt="%.2f")
+    right.set(ylim=(0, 1), title="$R^2$ of a linear fit on all of them, held out")
+    return dict(zip(POSE, together.tolist(), strict=True))
 
 
 def draw_bars(axis, names, labels, series):
@@ -223,18 +206,16 @@ PANELS = [  # title; of which runs; how; height in inches
 ]
 
 
-def explain(run, beside=None, device="auto"):
+def explain(run, device="auto"):
     """One page about what a network has learned: RUN/explain.png, its numbers in explain.json."""
     from matplotlib.figure import Figure
-    run = load(run, device)._replace(beside=load(beside, device) if beside else None)
-    if beside and not knows_poses(run.beside):
-        raise Problem(f"--beside {beside}: give a network of this project, trained on digits")
+    run = load(run, device)
     panels = [panel for panel in PANELS if panel[1](run)]
     if not panels:
-        raise Problem(f"{run.folder}: a page needs drawn digits, capConv or feedback units")
+        raise Problem(f"{run.folder}: a page needs capsules of digits, capConv or feedback units")
     heights = [height for *_, height in panels]
     figure = Figure(figsize=(10, .4 + sum(heights)), layout="constrained")
-    title = f"{run.name} on {run.data.name}, {run.size:,} weights, epochs={run.config.epochs}"
+    title = f"{run.folder}: {run.name} on {run.data.name}, epochs={run.config.epochs}"
     figure.suptitle(figures.legible(title, 700, 9), fontsize=9)
     numbers = {"run": str(run.folder), "environment": environment(run.device)}
     rows = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -390,7 +371,8 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), device=
         errors = measure(run, images, steps, restarts, eps)
         line = {"robustness": run.name, "folder": str(run.folder), "seed": run.config.seed,
                 "training": {**identity(run.config), "epochs": run.config.epochs},
-                "parameters": run.size, "images": min(images, len(run.data.test)),
+                "parameters": sum(p.numel() for p in run.net.parameters()),
+                "images": min(images, len(run.data.test)),
                 "errors": errors, "seconds": round(time.time() - since, 1),
                 "environment": environment(run.device)}            # its command has the flags
         lines.append(line)
@@ -421,7 +403,6 @@ def command(words):
                                      description=function.__doc__)
                  for function in (explain, robustness))
     one.add_argument("run", metavar="RUN", help="a folder that train.py wrote")
-    one.add_argument("--beside", metavar="RUN", help="a run on digits to compare poses with")
     many.add_argument("runs", nargs="+", metavar="RUN",
                       help="folders that train.py wrote; runs that differ in the seed are averaged")
     for name, default, text in (("images", 300, "test images"), ("steps", 20, "steps of PGD"),

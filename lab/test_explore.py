@@ -3,7 +3,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -69,23 +68,20 @@ def test_a_network_is_shown_test_images_as_it_was_in_training(runs, tmp_path):
     assert len(run.data.train) == 1 and run.config.train_images == 32    # read, and trained on
 
 
-@pytest.mark.parametrize("name, panels", [("encapnet", [0, 1, 2]), ("em", [0]), ("cnn", [0])])
+@pytest.mark.parametrize("name, panels", [("encapnet", [0, 1, 2]), ("em", [0])])
 def test_explain_draws_the_panels_that_apply_and_numbers_them_without_a_gap(name, panels, runs,
                                                                            fewer, monkeypatch):
     drawn, save = [], figures.save_figure
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or (
         save(figure, path) if name == "encapnet" else None))           # one page is enough
-    beside = [] if name == "cnn" else ["--beside", str(runs["cnn"])]
-    assert explore.main(["explain", str(runs[name]), *beside]) == 0
+    assert explore.main(["explain", str(runs[name])]) == 0
     assert name != "encapnet" or (runs[name] / "explain.png").read_bytes()[:4] == b"\x89PNG"
     titles = [explore.PANELS[k][0] for k in panels]
     numbers = json.loads((runs[name] / "explain.json").read_text())
     assert list(numbers) == ["run", "environment", *titles]
     assert [row._suptitle.get_text() for row in drawn[0].subfigs] == [
         f"{k}  {title}" for k, title in enumerate(titles, 1)]
-    poses = numbers[titles[0]]
-    assert len(poses) == (1 if name == "cnn" else 2)                   # the CNN stands beside
-    assert all(r <= 1 for fit in poses.values() for r in fit.values())
+    assert all(0 <= r <= 1 for r in numbers[titles[0]].values())
 
 
 def test_coefficients_are_m1_of_the_master_and_m2_of_the_aide(runs):
@@ -137,29 +133,21 @@ def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated
         assert found == pytest.approx(expected, abs=2e-3)
 
 
-def test_the_pose_panel_tells_what_each_runs_features_tell(runs, monkeypatch):
-    """Features that are some of the poses: those are told wholly, others not; no two runs mixed,
-
-    be they of one name and size in two folders.
-    """
-    run, cnn = (explore.load(runs[name])._replace(folder=Path(folder, "run"))
-                for name, folder in (("cnn", "a"), ("cnn", "b")))
+def test_the_pose_panel_tells_what_the_features_tell(runs, monkeypatch):
+    """Features that are some of the poses: those are told wholly, others not."""
     poses = digits.draw_digits(600, train=False)[2].double()
-    known = {id(run.net): [0, 2], id(cnn.net): [1, 4]}
-    monkeypatch.setattr(explore, "features", lambda r, x, labels: torch.cat(
-        [poses[:, known[id(r.net)]], torch.randn(600, 14).double()], 1))
+    monkeypatch.setattr(explore, "features", lambda run, x, labels: torch.cat(
+        [poses[:, [0, 2]], torch.randn(600, 14).double()], 1))
     figure = Figure(layout="constrained")
-    numbers = explore.draw_pose(run._replace(beside=cnn), figure, 600)
-    told = {name: {factor for factor, share in found.items() if share > 0.99}
-            for name, found in numbers.items()}
-    assert told == {"a/run": {"x", "rotation"}, "b/run": {"y", "shear"}}
-    legend, = (axis.get_legend() for axis in figure.axes if axis.get_legend())
-    assert [text.get_text() for text in legend.get_texts()] == [f"run, {run.size:,} weights"] * 2
-    bars = [[bar.get_height() for bar in group.patches] for group in legend.axes.containers
-            if isinstance(group, matplotlib.container.BarContainer)]
-    assert bars == [list(found.values()) for found in numbers.values()]
-    assert all(share < 0.7 for name, found in numbers.items() for factor, share in found.items()
-               if factor not in told[name])
+    told = explore.draw_pose(explore.load(runs["encapnet"]), figure, 600)
+    assert all((share > 0.99) == (factor in ("x", "rotation")) for factor, share in told.items())
+    assert all(share > 0.99 or share < 0.7 for share in told.values())
+    alone, bars, _ = figure.axes
+    assert [label.get_text() for label in alone.get_yticklabels()] == list(told)
+    shown = alone.images[0].get_array()
+    assert shown.argmax(1)[[0, 2]].tolist() == [0, 1] and shown[[0, 2], [0, 1]].min() > 0.99
+    assert [label.get_text() for label in bars.get_xticklabels()] == list(told)
+    assert [bar.get_height() for bar in bars.patches] == list(told.values())
 
 
 @pytest.mark.parametrize("n", [7, 40, 100])
@@ -188,20 +176,6 @@ def test_the_capsule_looked_at_is_the_right_class_s(runs):
         v = explore.features(run, x, labels).float()
         v = encapnet.squash(v) if name == "em" else v                  # a pose is not squashed
         torch.testing.assert_close(v.norm(dim=1), run.scores(x)[range(40), labels])
-
-
-def test_of_a_cnn_the_leading_principal_components_of_its_last_features_are_looked_at(runs):
-    """Up to scale, which a linear fit does not see: the same as numpy's eigenvectors give."""
-    run = explore.load(runs["cnn"])
-    x, labels = spread(run, 40)
-    (given, *_), _ = explore.record(run, x, run.net.classes)
-    given = given.double().numpy()
-    values, vectors = np.linalg.eigh(np.cov(given.T))
-    z = explore.features(run, x, labels).numpy()
-    assert z.shape == (40, 16)
-    for k in range(4):                                                 # largest first
-        component = (given - given.mean(0)) @ vectors[:, -1 - k]
-        assert abs(np.corrcoef(component, z[:, k])[0, 1]) == pytest.approx(1, abs=1e-4)
 
 
 def test_r_squared_known_answers():
@@ -389,20 +363,15 @@ def test_a_network_that_is_always_wrong_is_wrong_under_attack(runs):
     assert errors["clean"]["0"] == errors["any attack"]["4"] == 100
 
 
-def test_explain_says_why_it_cannot_draw(runs, monkeypatch):
-    cnn = explore.load(runs["cnn"])
-    known = {"digits": cnn, "mnist": cnn._replace(config=replace(cnn.config, dataset="mnist"))}
-    monkeypatch.setattr(explore, "load", lambda name, device: known[name])
-    with pytest.raises(Problem, match="a page needs drawn digits"):
-        explore.explain("mnist")
-    with pytest.raises(Problem, match="--beside mnist: .* trained on digits"):
-        explore.explain("digits", "mnist")
+def test_explain_says_why_it_cannot_draw(runs):
+    with pytest.raises(Problem, match="a page needs capsules of digits"):
+        explore.explain(runs["cnn"])
 
 
 @pytest.mark.parametrize("arguments, words", [
     ("explain nowhere", "no checkpoint nowhere"), ("explain", "required: RUN"),
     ("robustness", "RUN"), ("imagine RUN", "invalid choice"),
-    ("robustness RUN --steps 0", "at least 1"), ("explain RUN --beside nowhere", "nowhere")])
+    ("robustness RUN --steps 0", "at least 1")])
 def test_bad_input_is_one_line(arguments, words, runs, capsys):
     given = [str(runs["cnn"]) if word == "RUN" else word for word in arguments.split()]
     assert explore.main(given) == 2
