@@ -110,30 +110,18 @@ def draw_pose(run, figure, drawn=4000):
     left.set_yticks(range(len(POSE)), list(POSE))
     left.set(xlabel="dimension", title="squared correlation, each alone")
     figure.colorbar(shown, ax=left)
-    right.bar_label(right.bar(list(POSE), together.numpy()), fmt="%.2f")
+    right.bar_label(right.bar(list(POSE), together.numpy(), color=figures.COLOURS[0]), fmt="%.2f")
     right.set(ylim=(0, 1), title="$R^2$ of a linear fit on all of them, held out")
     return dict(zip(POSE, together.tolist(), strict=True))
 
 
-def draw_bars(axis, names, labels, series):
-    """Groups of bars with their values on top.   series: [a number a name] a label, at most 3"""
-    for k, (label, values) in enumerate(zip(labels, series, strict=True)):
-        places = [j + .27 * (k - (len(labels) - 1) / 2) for j in range(len(names))]
-        drawn = axis.bar(places, values, .27, label=label, color=figures.COLOURS[k])
-        axis.bar_label(drawn, fmt="%.2f", fontsize=7)
-    axis.set_xticks(range(len(names)), names)
-    axis.axhline(0, color="0.5", lw=.8)
-    axis.set_ylim(top=1.3)
-    axis.legend(fontsize=7, ncols=3, loc="upper center", columnspacing=1)
-
-
-def draw_maps(axes, maps, title, **limits):
-    """Maps (n, H, W), one an axis -> the last, for a colour bar."""
-    for axis, values in zip(axes, maps, strict=False):
-        drawn = axis.imshow(values.cpu().numpy(), cmap="cividis", **limits)
-        axis.set_axis_off()
-    axes[0].set_title(title, fontsize=8)
-    return drawn
+def draw_maps(axis, maps, title, columns=1, **options):
+    """Maps (n, H, W) on one scale of colours -> what a colour bar needs."""
+    from torchvision.utils import make_grid
+    grid = make_grid(maps[:, None], columns, padding=1, pad_value=math.nan)[0]
+    axis.set_title(title)
+    axis.set_axis_off()
+    return axis.imshow(grid.cpu().numpy(), **options)
 
 
 def capconvs(run):
@@ -144,26 +132,25 @@ def draw_coefficients(run, figure, shown=3):
     layers = capconvs(run)
     layers = list(dict.fromkeys([layers[0], layers[len(layers) // 2]]))
     x, numbers = spread(run, 60)[0], {}
-    left, right = figure.subfigures(1, 2, width_ratios=(4, 1.3))
-    axes, density = left.subplots(shown, 1 + 2 * len(layers)), right.subplots()
-    for axis, image in zip(axes[:, 0], x, strict=False):
-        figures.show_image(axis, image)
+    first, *axes, density = figure.subplots(1, 2 + 2 * len(layers), width_ratios=[
+        *[2] * (1 + 2 * len(layers)), 3])
+    draw_maps(first, x[:shown].mean(1), "image", cmap="gray")
     for k, layer in enumerate(layers):
-        given, _ = record(run, x, layer)
-        pair = [m.cpu() for m in layer.branches(given[0])[2:]]         # m1, m2 (B, G, H, W)
+        (u, *_), _ = record(run, x, layer)
+        pair = [m.cpu() for m in layer.branches(u)[2:]]                # m1, m2 (B, G, H, W)
         maps = torch.stack([m[:shown].mean(1) for m in pair])          # (2, shown, H, W)
-        for c, (m, name) in enumerate(zip(pair, ("m1 master", "m2 aide"), strict=True)):
-            label, column = f"{name}, {m.shape[-1]}x{m.shape[-1]}", axes[:, 1 + 2 * k + c]
-            drawn = draw_maps(column, maps[c], label, vmin=maps.min(), vmax=maps.max())
+        two = axes[2 * k:2 * k + 2]
+        for axis, m, of, name in zip(two, pair, maps, ("m1 master", "m2 aide"), strict=True):
+            label = f"{name}, {m.shape[-1]}x{m.shape[-1]}"
+            drawn = draw_maps(axis, of, label, vmin=maps.min(), vmax=maps.max())
             density.hist(m.flatten().numpy(), 60, histtype="step", density=True, label=label,
-                         color=figures.COLOURS[c], ls=("-", "--")[k])
+                         color=figures.COLOURS[len(numbers)])
             numbers[label] = {"mean": m.mean().item(), "sd": m.std().item(),
                               "negative": (m < 0).double().mean().item()}
-        left.colorbar(drawn, ax=list(column)).ax.tick_params(labelsize=7)
+        figure.colorbar(drawn, ax=two)
     density.axvline(1, color="0.5", lw=.8)
-    density.set_title("all types; grey: where they start", fontsize=8)
-    density.set_yticks([])
-    density.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.5, -.12))
+    density.set(title="all types; grey: the start", yticks=[])
+    density.legend(fontsize=7)
     return numbers
 
 
@@ -179,30 +166,32 @@ def draw_feedback(run, figure, shown=4):
     _, pairs = run.net.walk(run.net.stem(normalised(spread(run, 200)[0], run.data)))
     units = list(zip(run.net.units, pairs, strict=True))
     both = [(low, unit.generate(high, low.shape[-2:])) for unit, (low, high) in units]
-    told = [unit.told_apart(low).item() for unit, (low, _) in units]
     series = {"all channels": [match(a, b) for a, b in both],
               "capsule lengths": [match(lengths(a), lengths(b)) for a, b in both],
-              "lengths, other image": [match(lengths(a), lengths(b).roll(1, 0)) for a, b in both]}
-    left, right = figure.subfigures(1, 2)
-    above, below = left.subplots(2, shown)
-    draw_maps(above, lengths(both[0][0]), "real, unit 1")
-    draw_maps(below, lengths(both[0][1]), "generated, unit 1")
-    axis, names = right.subplots(), [f"unit {k + 1}" for k in range(len(units))]
-    draw_bars(axis, [f"{name}\n{share:.2f}" for name, share in zip(names, told, strict=True)],
-              series, series.values())
-    axis.set_title("correlation of generated and real", fontsize=9)
-    axis.set_xlabel("number: share of variance between samples in the features that it compares;\n"
-                    "near 0 all images look alike to the unit, and it feeds nothing back",
-                    fontsize=8)
-    series["told apart"] = told
+              "lengths, other image": [match(lengths(a), lengths(b).roll(1, 0)) for a, b in both],
+              "told apart": [unit.told_apart(low).item() for unit, (low, _) in units]}
+    axes, names = figure.subplot_mosaic("RB;GB"), [f"unit {k + 1}" for k in range(len(units))]
+    for axis, image, what in zip((axes["R"], axes["G"]), both[0], ("real", "generated"),
+                                 strict=True):
+        draw_maps(axis, lengths(image)[:shown], f"{what}, unit 1", columns=shown)
+    bars = axes["B"]
+    for k, (label, values) in enumerate(series.items()):
+        places = [j + .2 * (k - 1.5) for j in range(len(units))]
+        drawn = bars.bar(places, values, .2, label=label, color=figures.COLOURS[k])
+        bars.bar_label(drawn, fmt="%.2f", fontsize=7)
+    bars.set_xticks(range(len(units)), names)
+    bars.set(ylim=(None, 1.3), title="correlation of generated and real; share told apart", xlabel=
+             "told apart: share of variance between samples in the features that a unit compares;\n"
+             "near 0 all images look alike to the unit, and it feeds nothing back")
+    bars.legend(ncols=4, loc="upper center", fontsize=8)
     return {label: dict(zip(names, values, strict=True)) for label, values in series.items()}
 
 
 PANELS = [  # title; of which runs; how; height in inches
     ("What the dimensions of the right class capsule tell", knows_poses, draw_pose, 2.7),
-    ("Master and aide coefficients, mean over types", capconvs, draw_coefficients, 3.6),
+    ("Master and aide coefficients, mean over types", capconvs, draw_coefficients, 4),
     ("What the feedback generator recovers of the lower layer",
-     lambda run: len(getattr(run.net, "units", ())), draw_feedback, 2.8),
+     lambda run: len(getattr(run.net, "units", ())), draw_feedback, 3.2),
 ]
 
 
@@ -214,13 +203,13 @@ def explain(run, device="auto"):
     if not panels:
         raise Problem(f"{run.folder}: a page needs capsules of digits, capConv or feedback units")
     heights = [height for *_, height in panels]
-    figure = Figure(figsize=(10, .4 + sum(heights)), layout="constrained")
+    figure = Figure(figsize=(13, .4 + sum(heights)), layout="constrained")
     title = f"{run.folder}: {run.name} on {run.data.name}, epochs={run.config.epochs}"
-    figure.suptitle(figures.legible(title, 700, 9), fontsize=9)
+    figure.suptitle(figures.legible(title, 900), fontsize=10)
     numbers = {"run": str(run.folder), "environment": environment(run.device)}
     rows = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for k, (row, (title, _, draw, _)) in enumerate(zip(rows, panels, strict=True), 1):
-        row.suptitle(f"{k}  {title}", fontsize=11, x=.01, ha="left", weight="bold")
+        row.suptitle(f"{k}  {title}", x=.01, ha="left", weight="bold")
         numbers[title] = draw(run, row)
     write_file(run.folder / "explain.json", json.dumps(numbers, indent=1).encode())
     figures.save_figure(figure, run.folder / "explain.png")
