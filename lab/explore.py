@@ -1,16 +1,17 @@
 """Beyond the paper: see what a capsule means, and test what the paper only says in words.
 
     python -m lab.explore explain RUN               one page of pictures, RUN/explain.png
-    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks: a table, a plot
+    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks, a line a test;
+                                                    their plot is robustness.png of the first RUN
 
-RUN is a folder of train.py, of any model and data set.  Several runs of one model are its seeds;
-their table and plot lie beside the first.  robustness.jsonl only grows.
+RUN is a folder of train.py, of any model and data set; runs of one model are its seeds.  Every
+run's errors go to runs/results.jsonl too.
 """
+import argparse
 import json
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,9 @@ from lab import figures
 from lab.config import Config, Parser, identity, number
 from lab.data import Data, fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import classification_loss, environment
+from lab.fit import classification_loss, environment, record
 from lab.measure import call, spread
 from lab.runtime import Problem, guarded, say, write_file
-from lab.tables import markdown
 from lab.use import test_data, trained
 
 
@@ -61,7 +61,7 @@ def load(path, device="auto"):
 # ------------------------------------------------------------------------------------------------
 
 
-def record(run, x, module):
+def watch(run, x, module):
     """A module's inputs and its output while the network looks at x -> (inputs, output)."""
     seen = []
     hook = module.register_forward_hook(lambda module, given, out: seen.append((given, out)))
@@ -74,7 +74,7 @@ def features(run, x, labels):
     """The capsule of each image's right class, whose length is the score: (B, d)."""
     layer, parts = getattr(run.net, "classes", None) or run.net.routed[-1], []
     for part, label in zip(x.split(250), labels.split(250), strict=True):
-        _, out = record(run, part, layer)
+        _, out = watch(run, part, layer)
         v = out[0] if isinstance(out, tuple) else out                  # EM: pose, activation
         parts.append(v[torch.arange(len(v)), label])
     return torch.cat(parts).cpu().double()
@@ -136,7 +136,7 @@ def draw_coefficients(run, figure, shown=3):
         *[2] * (1 + 2 * len(layers)), 3])
     draw_maps(first, x[:shown].mean(1), "image", cmap="gray")
     for k, layer in enumerate(layers):
-        (u, *_), _ = record(run, x, layer)
+        (u, *_), _ = watch(run, x, layer)
         pair = [m.cpu() for m in layer.branches(u)[2:]]                # m1, m2 (B, G, H, W)
         maps = torch.stack([m[:shown].mean(1) for m in pair])          # (2, shown, H, W)
         two = axes[2 * k:2 * k + 2]
@@ -195,10 +195,9 @@ PANELS = [  # title; of which runs; how; height in inches
 ]
 
 
-def explain(run, device="auto"):
+def explain(run):
     """One page about what a network has learned: RUN/explain.png, its numbers in explain.json."""
     from matplotlib.figure import Figure
-    run = load(run, device)
     panels = [panel for panel in PANELS if panel[1](run)]
     if not panels:
         raise Problem(f"{run.folder}: a page needs capsules of digits, capConv or feedback units")
@@ -290,9 +289,12 @@ def attack(run, x, labels, objective, eps, steps, restarts, generator):
 
 
 def measure(run, n, steps, restarts, budgets):
-    """Errors in % -> {change or attack: {strength: error}}.   budgets: eps, in 1/255"""
+    """Errors in % -> {change or attack: {strength: error}}.   budgets: eps, in 1/255
+
+    PGD climbs the training loss;  PGD margin, in twice the steps, what the loss may hide
+    """
     def percent(wrong):
-        return 100 * wrong.double().mean().item()
+        return 100 * wrong.cpu().double().mean().item()
     generator = torch.Generator().manual_seed(0)                       # alike for every run
     x, labels = spread(run, n)
     wrong = fooled(run, x, labels)
@@ -310,7 +312,7 @@ def measure(run, n, steps, restarts, budgets):
             errors.setdefault(name, {})[f"{eps:g}"] = percent(out)
     # With half the range of a pixel allowed any network must fall, or its gradient is masked.
     out = attack(run, x, labels, margin, .5, 2 * steps, 1, generator)
-    errors["PGD margin, half the range:"] = {"127.5": percent(out)}
+    errors["PGD margin, half the range"] = {"127.5": percent(out)}
     for objective in (loss, margin):
         steepest = slope(run, x, labels, objective).abs().flatten(1).amax(1)[~wrong]
         errors[f"right, no {objective.__name__} gradient"] = {"0": percent(steepest < 1e-6)}
@@ -322,29 +324,19 @@ def mean_sd(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def table(groups):
-    """Markdown.   groups: {model: [line, ...]}"""
-    rows = []
-    for test, strengths in next(iter(groups.values()))[0]["errors"].items():
-        for strength in strengths:
-            cells = [mean_sd([line["errors"][test][strength] for line in lines])
-                     for lines in groups.values()]
-            rows.append([f"{test} {strength}".removesuffix(" 0"), *(
-                f"{mean:.1f} +- {sd:.1f}".removesuffix(" +- nan") for mean, sd in cells)])
-    heads = [f"{name} ({len(lines)})" for name, lines in groups.items()]
-    return markdown(["% of images (seeds)", *heads], rows)
-
-
 def draw_robustness(groups, path):
-    """A panel a change or attack, a line a model, bars the sd over seeds."""
+    """A panel a change or attack, a line a model, bars the sd over seeds.
+
+    groups: {model: [errors of a seed, ...]}
+    """
     units = {**{kind: unit for kind, (unit, _) in CHANGES.items()},
              **dict.fromkeys(("FGSM", "PGD", "PGD margin"), "eps, in 1/255")}
     figure, axes = figures.canvas(2, 4, width=11, height=2.9)
     for axis, (test, unit) in zip(axes.flat, units.items(), strict=True):
         series = {}
-        for name, lines in groups.items():
-            kept = [{**line["errors"]["clean"], **line["errors"][test]} for line in lines]
-            series[name] = {float(s): [line[s] for line in kept] for s in kept[0]}
+        for name, seeds in groups.items():
+            kept = [{**errors["clean"], **errors[test]} for errors in seeds]
+            series[name] = {float(s): [errors[s] for errors in kept] for s in kept[0]}
         figures.draw_series(axis, series, mean_sd, title=test, xlabel=unit, ylim=(0, 102))
     for row in axes:
         row[0].set_ylabel("error (%)")
@@ -352,32 +344,23 @@ def draw_robustness(groups, path):
     figures.save_figure(figure, path)
 
 
-def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), device="auto"):
-    """Error under changes and attacks: table, RUN/robustness.png, .jsonl; of several, beside."""
-    runs, lines, groups = [load(path, device) for path in runs], [], {}
+def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
+    """Error of every run under changes and attacks; the first one's robustness.png shows all."""
+    groups, first = {}, identity(runs[0].config)
     for run in runs:
-        since = time.time()
-        errors = measure(run, images, steps, restarts, eps)
-        line = {"robustness": run.name, "folder": str(run.folder), "seed": run.config.seed,
-                "training": {**identity(run.config), "epochs": run.config.epochs},
-                "parameters": sum(p.numel() for p in run.net.parameters()),
-                "images": min(images, len(run.data.test)),
-                "errors": errors, "seconds": round(time.time() - since, 1),
-                "environment": environment(run.device)}            # its command has the flags
-        lines.append(line)
-        unlike = [f"{name}={value}" for name, value in line["training"].items()
-                  if value != lines[0]["training"][name] and name not in ("model", "set", "seed")]
-        groups.setdefault(" ".join([run.name, *unlike]), []).append(line)
-        say(f"{run.folder}: {run.name}, seed {run.config.seed}, {line['seconds']:.0f} s")
-    say(f"\n{runs[0].data.name}, {line['images']} test images.  L-inf attacks, eps in 1/255: PGD "
-        f"climbs the training loss, {steps} steps of 2.5 eps / {steps}, {restarts} restarts; PGD "
-        f"margin the margin of unsquashed lengths or of logits, {2 * steps} steps of half that.\n")
-    say(table(groups))
-    folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
-    path, text = folder / "robustness.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
-    write_file(path, (path.read_bytes() if path.exists() else b"") + text.encode())
-    say(f"\nwrote {path}")
-    draw_robustness(groups, path.with_suffix(".png"))
+        errors, training = measure(run, images, steps, restarts, eps), identity(run.config)
+        record({"robustness": run.name, "folder": str(run.folder), "seed": run.config.seed,
+                "training": {**training, "epochs": run.config.epochs},
+                "images": min(images, len(run.data.test)), "errors": errors,
+                "environment": environment(run.device)})               # its command has the flags
+        unlike = [f"{name}={value}" for name, value in training.items()
+                  if value != first[name] and name not in ("model", "set", "seed")]
+        label = " ".join([run.name, *unlike])
+        groups.setdefault(label, []).append(errors)
+        say(f"{run.folder}: {label}, error in %")
+        for test, found in errors.items():
+            say(f"  {test}:", *(f"{strength} {error:.1f}" for strength, error in found.items()))
+    draw_robustness(groups, runs[0].folder / "robustness.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -386,27 +369,25 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), device=
 
 
 def command(words):
-    parser = Parser("python -m lab.explore", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    one, many = (commands.add_parser(function.__name__, help=function.__doc__,
-                                     description=function.__doc__)
-                 for function in (explain, robustness))
-    one.add_argument("run", metavar="RUN", help="a folder that train.py wrote")
-    many.add_argument("runs", nargs="+", metavar="RUN",
-                      help="folders that train.py wrote; runs that differ in the seed are averaged")
+    parser = Parser("python -m lab.explore", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("explain", "robustness"), help="what to do, as above")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
+    tests = parser.add_argument_group("robustness")
     for name, default, text in (("images", 300, "test images"), ("steps", 20, "steps of PGD"),
                                 ("restarts", 2, "random starts of PGD")):
-        many.add_argument(f"--{name}", type=number(1), default=default, metavar="N",
-                          help=f"{text} (default: {default})")
-    many.add_argument("--eps", nargs="+", type=number(0, float), default=[1, 2, 4, 8], metavar="E",
-                      help="largest change of a pixel by an attack, in 1/255 (default: 1 2 4 8)")
-    for function, parsed in ((explain, one), (robustness, many)):
-        parsed.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: auto)")
-        parsed.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        parsed.set_defaults(function=function)
-    given = vars(parser.parse_args(words))
-    del given["debug"]                                  # guarded looks for it itself
-    given.pop("function")(**given)
+        tests.add_argument(f"--{name}", type=number(1), default=default, metavar="N",
+                           help=f"{text} (default: {default})")
+    tests.add_argument("--eps", nargs="+", type=number(0, float), default=[1, 2, 4, 8], metavar="E",
+                       help="largest change of a pixel by an attack, in 1/255 (default: 1 2 4 8)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: auto)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    given = parser.parse_args(words)
+    runs = [load(path, given.device) for path in given.runs]
+    if given.name == "robustness":
+        return robustness(runs, given.images, given.steps, given.restarts, given.eps)
+    for run in runs:
+        explain(run)
 
 
 def main(arguments=None):
