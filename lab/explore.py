@@ -13,47 +13,40 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import encapnet
 from lab import figures
-from lab.config import Config, Parser, identity, number
-from lab.data import Data, fit_side, normalised
+from lab.config import Parser, identity, number
+from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import classification_loss, environment, record
+from lab.fit import Run, classification_loss, environment, record
 from lab.measure import call, spread
 from lab.runtime import Problem, guarded, say, write_file
 from lab.use import test_data, trained
 
 
-class Trained(NamedTuple):
-    """A run to look at.   net: in eval mode, its weights fixed;  data: test split, mean, std"""
-
-    folder: Path
-    config: Config
-    net: torch.nn.Module
-    data: Data
-    device: torch.device
-
-    @property
-    def name(self):
-        """Model and changed keywords; seeds of one model share it."""
-        return " ".join([self.config.model, *(f"{k}={v}" for k, v in self.config.set.items())])
-
-    def scores(self, x):
-        """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
-        return call(self.net, self.config, normalised(x, self.data))[0]
-
-
 def load(path, device="auto"):
-    """path: a folder that train.py wrote, or a checkpoint in one"""
+    """A run to look at, its network in eval mode, its weights fixed.
+
+    path: a folder that train.py wrote, or a checkpoint in one
+    """
     config, state, net, device = trained({"resume": str(path), "device": device})
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     data = test_data(config, state, device)
-    return Trained(folder, config, net.requires_grad_(False), data, device)
+    return Run(config, data, device, net.requires_grad_(False), net, None, {}, folder)
+
+
+def name_of(run):
+    """Model and changed keywords; seeds of one model share it."""
+    return " ".join([run.config.model, *(f"{k}={v}" for k, v in run.config.set.items())])
+
+
+def scores(run, x):
+    """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
+    return call(run.net, run.config, normalised(x, run.data))[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -65,7 +58,7 @@ def watch(run, x, module):
     """A module's inputs and its output while the network looks at x -> (inputs, output)."""
     seen = []
     hook = module.register_forward_hook(lambda module, given, out: seen.append((given, out)))
-    run.scores(x)
+    scores(run, x)
     hook.remove()
     return seen[0]
 
@@ -203,7 +196,7 @@ def explain(run):
         raise Problem(f"{run.folder}: a page needs capsules of digits, capConv or feedback units")
     heights = [height for *_, height in panels]
     figure = Figure(figsize=(13, .4 + sum(heights)), layout="constrained")
-    title = f"{run.folder}: {run.name} on {run.data.name}, epochs={run.config.epochs}"
+    title = f"{run.folder}: {name_of(run)} on {run.data.name}, epochs={run.config.epochs}"
     figure.suptitle(figures.legible(title, 900), fontsize=10)
     numbers = {"run": str(run.folder), "environment": environment(run.device)}
     rows = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -265,11 +258,11 @@ def margin(run, scores, labels):
 def slope(run, x, labels, objective):
     """Gradient of an objective on images (B, C, H, W)."""
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(objective(run, run.scores(x), labels), x)[0]
+    return torch.autograd.grad(objective(run, scores(run, x), labels), x)[0]
 
 
 def fooled(run, x, labels):
-    return run.scores(x).argmax(1) != labels
+    return scores(run, x).argmax(1) != labels
 
 
 def attack(run, x, labels, objective, eps, steps, restarts, generator):
@@ -349,13 +342,13 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
     groups, first = {}, identity(runs[0].config)
     for run in runs:
         errors, training = measure(run, images, steps, restarts, eps), identity(run.config)
-        record({"robustness": run.name, "folder": str(run.folder), "seed": run.config.seed,
+        record({"robustness": name_of(run), "folder": str(run.folder), "seed": run.config.seed,
                 "training": {**training, "epochs": run.config.epochs},
                 "images": min(images, len(run.data.test)), "errors": errors,
                 "environment": environment(run.device)})               # its command has the flags
         unlike = [f"{name}={value}" for name, value in training.items()
                   if value != first[name] and name not in ("model", "set", "seed")]
-        label = " ".join([run.name, *unlike])
+        label = " ".join([name_of(run), *unlike])
         groups.setdefault(label, []).append(errors)
         say(f"{run.folder}: {label}, error in %")
         for test, found in errors.items():

@@ -176,7 +176,7 @@ def test_the_capsule_looked_at_is_the_right_class_s(runs):
         x, labels = spread(run, 40)
         v = explore.features(run, x, labels).float()
         v = encapnet.squash(v) if name == "em" else v                  # a pose is not squashed
-        torch.testing.assert_close(v.norm(dim=1), run.scores(x)[range(40), labels])
+        torch.testing.assert_close(v.norm(dim=1), explore.scores(run, x)[range(40), labels])
 
 
 def test_r_squared_known_answers():
@@ -216,40 +216,44 @@ def test_changes_are_the_ones_named():
     assert change("noise", 0.1).sub(x).abs().mean() == pytest.approx(0.08, abs=0.03)
 
 
-def linear(weight, seen):
-    """A network whose logits are linear in the image, and which notes what it is shown."""
-    def scores(x):
-        seen.append(x.detach())
-        return x.flatten(1) @ weight
-    return SimpleNamespace(scores=scores, net=SimpleNamespace(logits=True))
+def run_of(function):
+    """A run whose network is a function of the image, and which notes what it is shown."""
+    seen = []
+
+    class Net(torch.nn.Module):
+        logits = True
+
+        def forward(self, x):
+            seen.append(x.detach())
+            return function(x.flatten(1)), torch.zeros(())
+    as_it_is = SimpleNamespace(mean=torch.zeros(1), std=torch.ones(1))
+    plain = SimpleNamespace(channels_last=False, amp=False)
+    return SimpleNamespace(net=Net(), config=plain, data=as_it_is, seen=seen)
 
 
 @pytest.mark.parametrize("steps, restarts", [(1, 1), (10, 2)])
 def test_attacks_on_a_linear_network_are_exact(steps, restarts):
     """The margin of linear scores can move by eps |w|_1 and no further; a wrong image is fooled."""
-    x, eps, seen = 0.4 + 0.2 * torch.rand(200, 3, 2, 2), 0.02, []
+    x, eps = 0.4 + 0.2 * torch.rand(200, 3, 2, 2), 0.02
     weight = torch.randn(12, 2)
     weight -= weight.mean(0)                                           # both classes occur
-    run = linear(weight, seen)
-    scores = run.scores(x)
+    run = run_of(lambda x: x @ weight)
+    scores = explore.scores(run, x)
     labels = scores.argmax(1)
     labels[:20] = 1 - labels[:20]
     lead = scores.gather(1, labels[:, None])[:, 0] - scores.gather(1, 1 - labels[:, None])[:, 0]
     reach = eps * (weight[:, 0] - weight[:, 1]).abs().sum()
-    seen.clear()
+    run.seen.clear()
     found = explore.attack(run, x, labels, explore.margin, eps, steps, restarts, torch.Generator())
     clear = (lead - reach).abs() > 1e-4
     assert torch.equal(found[clear], (lead < reach)[clear])
     assert found[:20].all() and found[20:].any() and not found.all()
-    assert all((look - x).abs().max() <= eps + 1e-6 for look in seen)
+    assert all((look - x).abs().max() <= eps + 1e-6 for look in run.seen)
 
 
 def test_an_image_that_is_wrong_on_the_way_is_fooled(monkeypatch):
     """Scores of one number that err between 0.52 and 0.54 only: the ascent goes past it."""
-    def scores(x):
-        z = x.flatten(1)
-        return torch.cat([z, 1 - z + 2 * ((z > 0.52) & (z < 0.54))], 1)
-    run = SimpleNamespace(scores=scores, net=SimpleNamespace(logits=True))
+    run = run_of(lambda z: torch.cat([z, 1 - z + 2 * ((z > 0.52) & (z < 0.54))], 1))
     monkeypatch.setattr(explore, "slope", lambda run, x, labels, objective: torch.ones_like(x))
     x = torch.full((1, 1, 1, 1), 0.51)
     arguments = (run, x, torch.zeros(1).long(), explore.margin)
@@ -333,15 +337,15 @@ def test_runs_of_other_settings_are_not_seeds_of_one(runs, monkeypatch, tmp_path
     monkeypatch.setattr(explore, "measure", lambda *given: {"clean": {"0": 1.0}})
     monkeypatch.setattr(explore, "draw_robustness", lambda groups, path: drawn.append(groups))
     first, second = (explore.load(runs[name]) for name in ("encapnet", "again"))
-    explore.robustness([first, second, second._replace(config=replace(second.config, lam=5.0))])
+    explore.robustness([first, second, replace(second, config=replace(second.config, lam=5.0))])
     assert {label: len(seeds) for label, seeds in drawn[0].items()} == {
-        first.name: 2, f"{first.name} lam=5.0": 1}
+        explore.name_of(first): 2, f"{explore.name_of(first)} lam=5.0": 1}
 
 
 def test_a_network_that_is_always_wrong_is_wrong_under_attack(runs):
     run = explore.load(runs["encapnet"])
     x, labels = spread(run, 40)
-    run.data.test.labels = (1 + run.scores(x).argmax(1)) % 10
+    run.data.test.labels = (1 + explore.scores(run, x).argmax(1)) % 10
     errors = explore.measure(run, 40, 1, 1, (4,))
     assert errors["clean"]["0"] == errors["any attack"]["4"] == 100
 

@@ -53,7 +53,7 @@ def test_em_is_drawn(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (4, 28, 28))
     write_idx(tmp_path, "MNIST", dict.fromkeys(("train", "test"), (noise, np.arange(4))))
     figure, found = why.em(str(tmp_path), rounds=2, images=2)
-    drawn = [line.get_ydata().tolist() for axis in figure.axes for line in axis.lines]
+    drawn = [line[0].get_ydata().tolist() for axis in figure.axes for line in axis.containers]
     assert drawn == [list(seen[what]) for what in ("effective votes", "deviation of log p")
                      for seen in found.values()] and len(drawn) == 8
     layers = {(layer, form): found[f"layer {layer}, log p {form}"]

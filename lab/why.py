@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 import encapnet
 from lab.config import Parser, make_config
 from lab.data import load_data, normalised, shuffle
-from lab.figures import COLOURS, canvas, save_figure
+from lab.figures import COLOURS, canvas, draw_series, save_figure
 from lab.fit import build_run, classification_loss, environment, start, train_step
 from lab.measure import call, first
 from lab.runtime import RUNS, guarded, say, write_file
@@ -67,13 +67,12 @@ def em(data_path, rounds=5, images=16):
                     {label: layer_statistics(layer, *given, rounds)}))
         run.net(normalised(first(run, images)[0], run.data))
     figure, axes = canvas(1, 2, height=3.2)
-    for axis, what in zip(axes[0], ("effective votes", "deviation of log p"), strict=True):
-        for k, (label, seen) in enumerate(found.items()):
-            axis.plot(range(1, rounds + 1), seen[what], "o-" if k < 2 else "s--",
-                      color=COLOURS[k % 2], label=label)
-        axis.set(xlabel="iteration", xticks=range(1, rounds + 1), yscale="log",
-                 ylabel=f"{what}{' of a capsule' if axis is axes[0, 0] else ' over j'} (median)")
-        axis.grid(alpha=0.3)
+    for axis, what, of in zip(axes[0], ("effective votes", "deviation of log p"),
+                              ("of a capsule", "over j"), strict=True):
+        series = {label: dict(enumerate(zip(seen[what], strict=True), 1))
+                  for label, seen in found.items()}
+        draw_series(axis, series, xlabel="iteration", xticks=range(1, rounds + 1), yscale="log",
+                    ylabel=f"{what} {of} (median)")
     axes[0, 0].legend(fontsize=8)
     return figure, found
 
