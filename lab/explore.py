@@ -350,9 +350,10 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
                   if value != first[name] and name not in ("model", "set", "seed")]
         label = " ".join([name_of(run), *unlike])
         groups.setdefault(label, []).append(errors)
-        say(f"{run.folder}: {label}, error in %")
+        say(f"{run.folder}: {label}, strength: error in %")
         for test, found in errors.items():
-            say(f"  {test}:", *(f"{strength} {error:.1f}" for strength, error in found.items()))
+            told = ", ".join(f"{strength}: {error:.1f}" for strength, error in found.items())
+            say(f"  {test:28} {told}")
     draw_robustness(groups, runs[0].folder / "robustness.png")
 
 

@@ -308,8 +308,8 @@ def test_robustness_of_seeds_side_by_side(runs, capsys, monkeypatch, tmp_path):
         for eps in ("4", "64"):
             single = [errors[a][eps] for a in ("FGSM", "PGD", "PGD margin")]
             assert errors["clean"]["0"] <= max(single) <= errors["any attack"][eps] <= 100
-        said = dict(row.strip().split(": ") for row in block if row.startswith("  "))
-        assert said == {test: " ".join(f"{s} {error:.1f}" for s, error in found.items())
+        said = dict(re.split("  +", row.strip(), maxsplit=1) for row in block if row[:2] == "  ")
+        assert said == {test: ", ".join(f"{s}: {error:.1f}" for s, error in found.items())
                         for test, found in errors.items()}
     (path, figure), = drawn.items()
     assert path == folders[0] / "robustness.png"
