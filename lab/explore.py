@@ -1,64 +1,52 @@
 """Beyond the paper: see what a capsule means, and test what the paper only says in words.
 
     python -m lab.explore explain RUN               one page of pictures, RUN/explain.png
-    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks: a table, a plot
+    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks, a line a test;
+                                                    their plot is robustness.png of the first RUN
 
-RUN is a folder of train.py, of any model and data set.  Several runs of one model are its seeds;
-their table and plot lie beside the first.  robustness.jsonl only grows.
+RUN is a folder of train.py, of any model and data set; runs of one model are its seeds.  Every
+run's errors go to runs/results.jsonl too.
 """
+import argparse
 import json
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import encapnet
 from lab import figures
-from lab.config import Config, Parser, identity, number
-from lab.data import Data, fit_side, normalised
+from lab.config import Parser, identity, number
+from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import classification_loss, environment
+from lab.fit import Run, classification_loss, environment, record
 from lab.measure import call, spread
 from lab.runtime import Problem, guarded, say, write_file
-from lab.tables import markdown
 from lab.use import test_data, trained
 
 
-class Trained(NamedTuple):
-    """A run to look at.   net: in eval mode, its weights fixed;  data: test split, mean, std"""
-
-    folder: Path
-    config: Config
-    net: torch.nn.Module
-    data: Data
-    device: torch.device
-    beside: "Trained" = None                        # another to compare with
-
-    @property
-    def name(self):
-        """Model and changed keywords; seeds of one model share it."""
-        return " ".join([self.config.model, *(f"{k}={v}" for k, v in self.config.set.items())])
-
-    @property
-    def size(self):
-        return sum(p.numel() for p in self.net.parameters())
-
-    def scores(self, x):
-        """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
-        return call(self.net, self.config, normalised(x, self.data))[0]
-
-
 def load(path, device="auto"):
-    """path: a folder that train.py wrote, or a checkpoint in one"""
+    """A run to look at, its network in eval mode, its weights fixed.
+
+    path: a folder that train.py wrote, or a checkpoint in one
+    """
     config, state, net, device = trained({"resume": str(path), "device": device})
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     data = test_data(config, state, device)
-    return Trained(folder, config, net.requires_grad_(False), data, device)
+    return Run(config, data, device, net.requires_grad_(False), net, None, {}, folder)
+
+
+def name_of(run):
+    """Model and changed keywords; seeds of one model share it."""
+    return " ".join([run.config.model, *(f"{k}={v}" for k, v in run.config.set.items())])
+
+
+def scores(run, x):
+    """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
+    return call(run.net, run.config, normalised(x, run.data))[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,29 +54,23 @@ def load(path, device="auto"):
 # ------------------------------------------------------------------------------------------------
 
 
-def record(run, x, module):
+def watch(run, x, module):
     """A module's inputs and its output while the network looks at x -> (inputs, output)."""
     seen = []
     hook = module.register_forward_hook(lambda module, given, out: seen.append((given, out)))
-    run.scores(x)
+    scores(run, x)
     hook.remove()
     return seen[0]
 
 
 def features(run, x, labels):
-    """16 numbers an image, (B, 16), to read a pose from: the right class capsule, if there is one.
-
-    Of a network without capsules, the leading principal components of what its classifier sees.
-    """
+    """The capsule of each image's right class, whose length is the score: (B, d)."""
     layer, parts = getattr(run.net, "classes", None) or run.net.routed[-1], []
     for part, label in zip(x.split(250), labels.split(250), strict=True):
-        (given, *_), out = record(run, part, layer)
+        _, out = watch(run, part, layer)
         v = out[0] if isinstance(out, tuple) else out                  # EM: pose, activation
-        parts.append(given if run.net.logits else v[torch.arange(len(v)), label])
-    z = torch.cat(parts).double().cpu()
-    if run.net.logits:
-        z = torch.linalg.svd(z - z.mean(0), full_matrices=False)[0][:, :16]
-    return z
+        parts.append(v[torch.arange(len(v)), label])
+    return torch.cat(parts).cpu().double()
 
 
 def r_squared(z, factors, labels):
@@ -109,48 +91,30 @@ def r_squared(z, factors, labels):
 
 
 def knows_poses(run):
-    return run.config.dataset == "digits" and hasattr(run.net, "stem")
+    return run.config.dataset == "digits" and not run.net.logits
 
 
 def draw_pose(run, figure, drawn=4000):
     images, labels, poses = draw_digits(drawn, train=False)             # files tell no poses
-    fits, legend = {}, []
-    for r in filter(None, (run, run.beside)):
-        x = fit_side(images, r.data.side).to(r.device).float() / 255
-        legend.append(f"{figures.legible(r.folder.name, 150, 7)}, {r.size:,} weights")
-        fits[str(r.folder)] = r_squared(features(r, x, labels), poses, labels)
+    x = fit_side(images, run.data.side).to(run.device).float() / 255
+    together, alone = r_squared(features(run, x, labels), poses, labels)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    names, (_, alone) = list(POSE), next(iter(fits.values()))
-    shown = left.imshow(alone.numpy(), cmap="viridis", vmin=0, aspect="auto")
-    left.set_yticks(range(len(names)), names)
-    left.set(xticks=range(0, 16, 3), xlabel="dimension (of a CNN: principal component)")
-    left.set_title("squared correlation, each alone", fontsize=9)
+    shown = left.imshow(alone.numpy(), vmin=0, aspect="auto")
+    left.set_yticks(range(len(POSE)), list(POSE))
+    left.set(xlabel="dimension", title="squared correlation, each alone")
     figure.colorbar(shown, ax=left)
-    told = {folder: together.tolist() for folder, (together, _) in fits.items()}
-    draw_bars(right, names, legend, told.values())
-    right.set_title("$R^2$ of a linear fit on 16 numbers, held out", fontsize=9)
-    return {folder: dict(zip(names, shares, strict=True)) for folder, shares in told.items()}
+    right.bar_label(right.bar(list(POSE), together.numpy(), color=figures.COLOURS[0]), fmt="%.2f")
+    right.set(ylim=(0, 1), title="$R^2$ of a linear fit on all of them, held out")
+    return dict(zip(POSE, together.tolist(), strict=True))
 
 
-def draw_bars(axis, names, labels, series):
-    """Groups of bars with their values on top.   series: [a number a name] a label, at most 3"""
-    for k, (label, values) in enumerate(zip(labels, series, strict=True)):
-        places = [j + .27 * (k - (len(labels) - 1) / 2) for j in range(len(names))]
-        drawn = axis.bar(places, values, .27, label=label, color=figures.COLOURS[k])
-        axis.bar_label(drawn, fmt="%.2f", fontsize=7)
-    axis.set_xticks(range(len(names)), names)
-    axis.axhline(0, color="0.5", lw=.8)
-    axis.set_ylim(top=1.3)
-    axis.legend(fontsize=7, ncols=3, loc="upper center", columnspacing=1)
-
-
-def draw_maps(axes, maps, title, **limits):
-    """Maps (n, H, W), one an axis -> the last, for a colour bar."""
-    for axis, values in zip(axes, maps, strict=False):
-        drawn = axis.imshow(values.cpu().numpy(), cmap="cividis", **limits)
-        axis.set_axis_off()
-    axes[0].set_title(title, fontsize=8)
-    return drawn
+def draw_maps(axis, maps, title, columns=1, **options):
+    """Maps (n, H, W) on one scale of colours -> what a colour bar needs."""
+    from torchvision.utils import make_grid
+    grid = make_grid(maps[:, None], columns, padding=1, pad_value=math.nan)[0]
+    axis.set_title(title)
+    axis.set_axis_off()
+    return axis.imshow(grid.cpu().numpy(), **options)
 
 
 def capconvs(run):
@@ -161,26 +125,25 @@ def draw_coefficients(run, figure, shown=3):
     layers = capconvs(run)
     layers = list(dict.fromkeys([layers[0], layers[len(layers) // 2]]))
     x, numbers = spread(run, 60)[0], {}
-    left, right = figure.subfigures(1, 2, width_ratios=(4, 1.3))
-    axes, density = left.subplots(shown, 1 + 2 * len(layers)), right.subplots()
-    for axis, image in zip(axes[:, 0], x, strict=False):
-        figures.show_image(axis, image)
+    first, *axes, density = figure.subplots(1, 2 + 2 * len(layers), width_ratios=[
+        *[2] * (1 + 2 * len(layers)), 3])
+    draw_maps(first, x[:shown].mean(1), "image", cmap="gray")
     for k, layer in enumerate(layers):
-        given, _ = record(run, x, layer)
-        pair = [m.cpu() for m in layer.branches(given[0])[2:]]         # m1, m2 (B, G, H, W)
+        (u, *_), _ = watch(run, x, layer)
+        pair = [m.cpu() for m in layer.branches(u)[2:]]                # m1, m2 (B, G, H, W)
         maps = torch.stack([m[:shown].mean(1) for m in pair])          # (2, shown, H, W)
-        for c, (m, name) in enumerate(zip(pair, ("m1 master", "m2 aide"), strict=True)):
-            label, column = f"{name}, {m.shape[-1]}x{m.shape[-1]}", axes[:, 1 + 2 * k + c]
-            drawn = draw_maps(column, maps[c], label, vmin=maps.min(), vmax=maps.max())
+        two = axes[2 * k:2 * k + 2]
+        for axis, m, of, name in zip(two, pair, maps, ("m1 master", "m2 aide"), strict=True):
+            label = f"{name}, {m.shape[-1]}x{m.shape[-1]}"
+            drawn = draw_maps(axis, of, label, vmin=maps.min(), vmax=maps.max())
             density.hist(m.flatten().numpy(), 60, histtype="step", density=True, label=label,
-                         color=figures.COLOURS[c], ls=("-", "--")[k])
+                         color=figures.COLOURS[len(numbers)])
             numbers[label] = {"mean": m.mean().item(), "sd": m.std().item(),
                               "negative": (m < 0).double().mean().item()}
-        left.colorbar(drawn, ax=list(column)).ax.tick_params(labelsize=7)
+        figure.colorbar(drawn, ax=two)
     density.axvline(1, color="0.5", lw=.8)
-    density.set_title("all types; grey: where they start", fontsize=8)
-    density.set_yticks([])
-    density.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.5, -.12))
+    density.set(title="all types; grey: the start", yticks=[])
+    density.legend(fontsize=7)
     return numbers
 
 
@@ -196,50 +159,49 @@ def draw_feedback(run, figure, shown=4):
     _, pairs = run.net.walk(run.net.stem(normalised(spread(run, 200)[0], run.data)))
     units = list(zip(run.net.units, pairs, strict=True))
     both = [(low, unit.generate(high, low.shape[-2:])) for unit, (low, high) in units]
-    told = [unit.told_apart(low).item() for unit, (low, _) in units]
     series = {"all channels": [match(a, b) for a, b in both],
               "capsule lengths": [match(lengths(a), lengths(b)) for a, b in both],
-              "lengths, other image": [match(lengths(a), lengths(b).roll(1, 0)) for a, b in both]}
-    left, right = figure.subfigures(1, 2)
-    above, below = left.subplots(2, shown)
-    draw_maps(above, lengths(both[0][0]), "real, unit 1")
-    draw_maps(below, lengths(both[0][1]), "generated, unit 1")
-    axis, names = right.subplots(), [f"unit {k + 1}" for k in range(len(units))]
-    draw_bars(axis, [f"{name}\n{share:.2f}" for name, share in zip(names, told, strict=True)],
-              series, series.values())
-    axis.set_title("correlation of generated and real", fontsize=9)
-    axis.set_xlabel("number: share of variance between samples in the features that it compares;\n"
-                    "near 0 all images look alike to the unit, and it feeds nothing back",
-                    fontsize=8)
-    series["told apart"] = told
+              "lengths, other image": [match(lengths(a), lengths(b).roll(1, 0)) for a, b in both],
+              "told apart": [unit.told_apart(low).item() for unit, (low, _) in units]}
+    axes, names = figure.subplot_mosaic("RB;GB"), [f"unit {k + 1}" for k in range(len(units))]
+    for axis, image, what in zip((axes["R"], axes["G"]), both[0], ("real", "generated"),
+                                 strict=True):
+        draw_maps(axis, lengths(image)[:shown], f"{what}, unit 1", columns=shown)
+    bars = axes["B"]
+    for k, (label, values) in enumerate(series.items()):
+        places = [j + .2 * (k - 1.5) for j in range(len(units))]
+        drawn = bars.bar(places, values, .2, label=label, color=figures.COLOURS[k])
+        bars.bar_label(drawn, fmt="%.2f", fontsize=7)
+    bars.set_xticks(range(len(units)), names)
+    bars.set(ylim=(None, 1.3), title="correlation of generated and real; share told apart", xlabel=
+             "told apart: share of variance between samples in the features that a unit compares;\n"
+             "near 0 all images look alike to the unit, and it feeds nothing back")
+    bars.legend(ncols=4, loc="upper center", fontsize=8)
     return {label: dict(zip(names, values, strict=True)) for label, values in series.items()}
 
 
 PANELS = [  # title; of which runs; how; height in inches
     ("What the dimensions of the right class capsule tell", knows_poses, draw_pose, 2.7),
-    ("Master and aide coefficients, mean over types", capconvs, draw_coefficients, 3.6),
+    ("Master and aide coefficients, mean over types", capconvs, draw_coefficients, 4),
     ("What the feedback generator recovers of the lower layer",
-     lambda run: len(getattr(run.net, "units", ())), draw_feedback, 2.8),
+     lambda run: len(getattr(run.net, "units", ())), draw_feedback, 3.2),
 ]
 
 
-def explain(run, beside=None, device="auto"):
+def explain(run):
     """One page about what a network has learned: RUN/explain.png, its numbers in explain.json."""
     from matplotlib.figure import Figure
-    run = load(run, device)._replace(beside=load(beside, device) if beside else None)
-    if beside and not knows_poses(run.beside):
-        raise Problem(f"--beside {beside}: give a network of this project, trained on digits")
     panels = [panel for panel in PANELS if panel[1](run)]
     if not panels:
-        raise Problem(f"{run.folder}: a page needs drawn digits, capConv or feedback units")
+        raise Problem(f"{run.folder}: a page needs capsules of digits, capConv or feedback units")
     heights = [height for *_, height in panels]
-    figure = Figure(figsize=(10, .4 + sum(heights)), layout="constrained")
-    title = f"{run.name} on {run.data.name}, {run.size:,} weights, epochs={run.config.epochs}"
-    figure.suptitle(figures.legible(title, 700, 9), fontsize=9)
+    figure = Figure(figsize=(13, .4 + sum(heights)), layout="constrained")
+    title = f"{run.folder}: {name_of(run)} on {run.data.name}, epochs={run.config.epochs}"
+    figure.suptitle(figures.legible(title, 900), fontsize=10)
     numbers = {"run": str(run.folder), "environment": environment(run.device)}
     rows = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for k, (row, (title, _, draw, _)) in enumerate(zip(rows, panels, strict=True), 1):
-        row.suptitle(f"{k}  {title}", fontsize=11, x=.01, ha="left", weight="bold")
+        row.suptitle(f"{k}  {title}", x=.01, ha="left", weight="bold")
         numbers[title] = draw(run, row)
     write_file(run.folder / "explain.json", json.dumps(numbers, indent=1).encode())
     figures.save_figure(figure, run.folder / "explain.png")
@@ -296,11 +258,11 @@ def margin(run, scores, labels):
 def slope(run, x, labels, objective):
     """Gradient of an objective on images (B, C, H, W)."""
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(objective(run, run.scores(x), labels), x)[0]
+    return torch.autograd.grad(objective(run, scores(run, x), labels), x)[0]
 
 
 def fooled(run, x, labels):
-    return run.scores(x).argmax(1) != labels
+    return scores(run, x).argmax(1) != labels
 
 
 def attack(run, x, labels, objective, eps, steps, restarts, generator):
@@ -320,9 +282,12 @@ def attack(run, x, labels, objective, eps, steps, restarts, generator):
 
 
 def measure(run, n, steps, restarts, budgets):
-    """Errors in % -> {change or attack: {strength: error}}.   budgets: eps, in 1/255"""
+    """Errors in % -> {change or attack: {strength: error}}.   budgets: eps, in 1/255
+
+    PGD climbs the training loss;  PGD margin, in twice the steps, what the loss may hide
+    """
     def percent(wrong):
-        return 100 * wrong.double().mean().item()
+        return 100 * wrong.cpu().double().mean().item()
     generator = torch.Generator().manual_seed(0)                       # alike for every run
     x, labels = spread(run, n)
     wrong = fooled(run, x, labels)
@@ -340,7 +305,7 @@ def measure(run, n, steps, restarts, budgets):
             errors.setdefault(name, {})[f"{eps:g}"] = percent(out)
     # With half the range of a pixel allowed any network must fall, or its gradient is masked.
     out = attack(run, x, labels, margin, .5, 2 * steps, 1, generator)
-    errors["PGD margin, half the range:"] = {"127.5": percent(out)}
+    errors["PGD margin, half the range"] = {"127.5": percent(out)}
     for objective in (loss, margin):
         steepest = slope(run, x, labels, objective).abs().flatten(1).amax(1)[~wrong]
         errors[f"right, no {objective.__name__} gradient"] = {"0": percent(steepest < 1e-6)}
@@ -352,29 +317,19 @@ def mean_sd(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def table(groups):
-    """Markdown.   groups: {model: [line, ...]}"""
-    rows = []
-    for test, strengths in next(iter(groups.values()))[0]["errors"].items():
-        for strength in strengths:
-            cells = [mean_sd([line["errors"][test][strength] for line in lines])
-                     for lines in groups.values()]
-            rows.append([f"{test} {strength}".removesuffix(" 0"), *(
-                f"{mean:.1f} +- {sd:.1f}".removesuffix(" +- nan") for mean, sd in cells)])
-    heads = [f"{name} ({len(lines)})" for name, lines in groups.items()]
-    return markdown(["% of images (seeds)", *heads], rows)
-
-
 def draw_robustness(groups, path):
-    """A panel a change or attack, a line a model, bars the sd over seeds."""
+    """A panel a change or attack, a line a model, bars the sd over seeds.
+
+    groups: {model: [errors of a seed, ...]}
+    """
     units = {**{kind: unit for kind, (unit, _) in CHANGES.items()},
              **dict.fromkeys(("FGSM", "PGD", "PGD margin"), "eps, in 1/255")}
     figure, axes = figures.canvas(2, 4, width=11, height=2.9)
     for axis, (test, unit) in zip(axes.flat, units.items(), strict=True):
         series = {}
-        for name, lines in groups.items():
-            kept = [{**line["errors"]["clean"], **line["errors"][test]} for line in lines]
-            series[name] = {float(s): [line[s] for line in kept] for s in kept[0]}
+        for name, seeds in groups.items():
+            kept = [{**errors["clean"], **errors[test]} for errors in seeds]
+            series[name] = {float(s): [errors[s] for errors in kept] for s in kept[0]}
         figures.draw_series(axis, series, mean_sd, title=test, xlabel=unit, ylim=(0, 102))
     for row in axes:
         row[0].set_ylabel("error (%)")
@@ -382,31 +337,24 @@ def draw_robustness(groups, path):
     figures.save_figure(figure, path)
 
 
-def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), device="auto"):
-    """Error under changes and attacks: table, RUN/robustness.png, .jsonl; of several, beside."""
-    runs, lines, groups = [load(path, device) for path in runs], [], {}
+def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
+    """Error of every run under changes and attacks; the first one's robustness.png shows all."""
+    groups, first = {}, identity(runs[0].config)
     for run in runs:
-        since = time.time()
-        errors = measure(run, images, steps, restarts, eps)
-        line = {"robustness": run.name, "folder": str(run.folder), "seed": run.config.seed,
-                "training": {**identity(run.config), "epochs": run.config.epochs},
-                "parameters": run.size, "images": min(images, len(run.data.test)),
-                "errors": errors, "seconds": round(time.time() - since, 1),
-                "environment": environment(run.device)}            # its command has the flags
-        lines.append(line)
-        unlike = [f"{name}={value}" for name, value in line["training"].items()
-                  if value != lines[0]["training"][name] and name not in ("model", "set", "seed")]
-        groups.setdefault(" ".join([run.name, *unlike]), []).append(line)
-        say(f"{run.folder}: {run.name}, seed {run.config.seed}, {line['seconds']:.0f} s")
-    say(f"\n{runs[0].data.name}, {line['images']} test images.  L-inf attacks, eps in 1/255: PGD "
-        f"climbs the training loss, {steps} steps of 2.5 eps / {steps}, {restarts} restarts; PGD "
-        f"margin the margin of unsquashed lengths or of logits, {2 * steps} steps of half that.\n")
-    say(table(groups))
-    folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
-    path, text = folder / "robustness.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
-    write_file(path, (path.read_bytes() if path.exists() else b"") + text.encode())
-    say(f"\nwrote {path}")
-    draw_robustness(groups, path.with_suffix(".png"))
+        errors, training = measure(run, images, steps, restarts, eps), identity(run.config)
+        record({"robustness": name_of(run), "folder": str(run.folder), "seed": run.config.seed,
+                "training": {**training, "epochs": run.config.epochs},
+                "images": min(images, len(run.data.test)), "errors": errors,
+                "environment": environment(run.device)})               # its command has the flags
+        unlike = [f"{name}={value}" for name, value in training.items()
+                  if value != first[name] and name not in ("model", "set", "seed")]
+        label = " ".join([name_of(run), *unlike])
+        groups.setdefault(label, []).append(errors)
+        say(f"{run.folder}: {label}, strength: error in %")
+        for test, found in errors.items():
+            told = ", ".join(f"{strength}: {error:.1f}" for strength, error in found.items())
+            say(f"  {test:28} {told}")
+    draw_robustness(groups, runs[0].folder / "robustness.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -415,28 +363,25 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8), device=
 
 
 def command(words):
-    parser = Parser("python -m lab.explore", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    one, many = (commands.add_parser(function.__name__, help=function.__doc__,
-                                     description=function.__doc__)
-                 for function in (explain, robustness))
-    one.add_argument("run", metavar="RUN", help="a folder that train.py wrote")
-    one.add_argument("--beside", metavar="RUN", help="a run on digits to compare poses with")
-    many.add_argument("runs", nargs="+", metavar="RUN",
-                      help="folders that train.py wrote; runs that differ in the seed are averaged")
+    parser = Parser("python -m lab.explore", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("explain", "robustness"), help="what to do, as above")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
+    tests = parser.add_argument_group("robustness")
     for name, default, text in (("images", 300, "test images"), ("steps", 20, "steps of PGD"),
                                 ("restarts", 2, "random starts of PGD")):
-        many.add_argument(f"--{name}", type=number(1), default=default, metavar="N",
-                          help=f"{text} (default: {default})")
-    many.add_argument("--eps", nargs="+", type=number(0, float), default=[1, 2, 4, 8], metavar="E",
-                      help="largest change of a pixel by an attack, in 1/255 (default: 1 2 4 8)")
-    for function, parsed in ((explain, one), (robustness, many)):
-        parsed.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: auto)")
-        parsed.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        parsed.set_defaults(function=function)
-    given = vars(parser.parse_args(words))
-    del given["debug"]                                  # guarded looks for it itself
-    given.pop("function")(**given)
+        tests.add_argument(f"--{name}", type=number(1), default=default, metavar="N",
+                           help=f"{text} (default: {default})")
+    tests.add_argument("--eps", nargs="+", type=number(0, float), default=[1, 2, 4, 8], metavar="E",
+                       help="largest change of a pixel by an attack, in 1/255 (default: 1 2 4 8)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: auto)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    given = parser.parse_args(words)
+    runs = [load(path, given.device) for path in given.runs]
+    if given.name == "robustness":
+        return robustness(runs, given.images, given.steps, given.restarts, given.eps)
+    for run in runs:
+        explain(run)
 
 
 def main(arguments=None):

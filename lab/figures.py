@@ -1,5 +1,4 @@
 """Drawing: a canvas, names in any script, a file, the picture of a run, Figures 2 and 4."""
-import bisect
 import functools
 import io
 import math
@@ -9,8 +8,8 @@ import torch
 
 from lab.runtime import Problem, say, write_file
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")    # Okabe and Ito's, colour-blind safe
-PALETTE = (*COLOURS, "#E69F00", "#56B4E9", "#000000")      # the rest of them
+COLOURS = (                # Okabe and Ito's, colour-blind safe
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TYPEFACES = (              # of text: of those installed, the first that has a character draws it
     "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei",     # Linux
     "Microsoft YaHei", "Malgun Gothic", "Nirmala UI", "Segoe UI Symbol",            # Windows
@@ -44,15 +43,11 @@ def legible(name, width=math.inf, size=10):
     font = FontProperties(family=families, size=size)
     parts = [c if ord(c) in known else c.encode("unicode_escape").decode() for c in name]
     parts = [r"\$" if part == "$" else part for part in parts]           # $ begins a formula
-
-    def shortened(n):
-        return "".join(parts[:n]) + "…" * (n < len(parts))
-
-    def measured(n):
-        return TextPath((0, 0), shortened(n), prop=font).get_extents().width
-    if not parts or measured(len(parts)) <= width:
-        return shortened(len(parts))
-    return shortened(bisect.bisect(range(1, len(parts)), width, key=measured))
+    text = "".join(parts)
+    while parts and TextPath((0, 0), text, prop=font).get_extents().width > width:
+        parts.pop()
+        text = "".join(parts) + "…"
+    return text
 
 
 def save_figure(figure, path):
@@ -70,13 +65,6 @@ def whole_epochs(axis):
     """Ticks of an axis of epochs: whole numbers, and one tick where there is one epoch."""
     axis.set_xlabel("epoch")
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-
-
-def show_image(axis, image, caption=""):
-    """An image (C, H, W) in [0, 1], and what is said about it below it."""
-    axis.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).clamp(0, 1).cpu().numpy())
-    axis.set(xticks=(), yticks=(), frame_on=False)
-    axis.set_xlabel(caption, fontsize=8)
 
 
 def draw_run(history, images, answers, labels, classes, path):
@@ -105,22 +93,10 @@ def draw_run(history, images, answers, labels, classes, path):
         caption = legible(classes[answer], 80, 8)
         if answer != label:
             caption += f"\nis {legible(classes[label], 70, 8)}"
-        show_image(axis, image, caption)
-        axis.xaxis.label.set_color("black" if answer == label else COLOURS[1])
+        axis.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).clamp(0, 1).numpy())
+        axis.set(xticks=(), yticks=(), frame_on=False)
+        axis.set_xlabel(caption, fontsize=8, color="black" if answer == label else COLOURS[1])
     save_figure(figure, path)
-
-
-def draw_agreement(axis, moment):
-    """Histogram of the cosine of votes and capsule, and above it their mean length -> its axis."""
-    bins = len(moment["percent"])
-    centres = [-1 + (2 * k + 1) / bins for k in range(bins)]
-    axis.bar(centres, moment["percent"], 2 / bins, color="0.75")
-    axis.set_xticks((-1, -0.5, 0, 0.5, 1))
-    twin = axis.twinx()
-    twin.plot(centres, [length if percent else math.nan for percent, length in
-                        zip(moment["percent"], moment["length"], strict=True)], color=COLOURS[0])
-    twin.set_ylim(bottom=0)
-    return twin
 
 
 def draw_figure2(lines, title, path):
@@ -130,9 +106,16 @@ def draw_figure2(lines, title, path):
     figure.suptitle(legible(title), fontsize=10)
     for row, (name, moments) in zip(axes, lines.items(), strict=True):
         for axis, moment in zip(row, moments, strict=False):
-            draw_agreement(axis, moment).tick_params(labelsize=7, labelcolor=COLOURS[0])
+            shares, bins = moment["percent"], len(moment["percent"])
+            centres = [(2 * k + 1) / bins - 1 for k in range(bins)]
+            axis.bar(centres, shares, 2 / bins, color="0.75")
             axis.set_title(f"{name}, epoch {moment['epoch']}", fontsize=9)
             axis.tick_params(labelsize=7)
+            twin = axis.twinx()
+            twin.plot(centres, [length if share else math.nan for length, share in zip(
+                moment["length"], shares, strict=True)], color=COLOURS[0])
+            twin.set_ylim(bottom=0)
+            twin.tick_params(labelsize=7, labelcolor=COLOURS[0])
         row[0].set_ylabel("% of votes (grey)", fontsize=8)
         row[len(moments) - 1].set_xlabel("cosine of vote and capsule; blue: vote length",
                                          fontsize=7)
@@ -169,7 +152,7 @@ def draw_series(axis, series, bars=interval, **labels):
     for k, (label, points) in enumerate(series.items()):
         middles, halves = zip(*map(bars, points.values()), strict=True)
         axis.errorbar(list(points), middles, halves, marker="osD^vPX<>"[k % 9], ms=4, capsize=2,
-                      color=PALETTE[k % 7], label=label)
+                      color=COLOURS[k % 7], label=label)
     axis.set(**labels)
     axis.grid(alpha=0.3)
 

@@ -69,23 +69,20 @@ def test_a_network_is_shown_test_images_as_it_was_in_training(runs, tmp_path):
     assert len(run.data.train) == 1 and run.config.train_images == 32    # read, and trained on
 
 
-@pytest.mark.parametrize("name, panels", [("encapnet", [0, 1, 2]), ("em", [0]), ("cnn", [0])])
+@pytest.mark.parametrize("name, panels", [("encapnet", [0, 1, 2]), ("em", [0])])
 def test_explain_draws_the_panels_that_apply_and_numbers_them_without_a_gap(name, panels, runs,
                                                                            fewer, monkeypatch):
     drawn, save = [], figures.save_figure
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or (
         save(figure, path) if name == "encapnet" else None))           # one page is enough
-    beside = [] if name == "cnn" else ["--beside", str(runs["cnn"])]
-    assert explore.main(["explain", str(runs[name]), *beside]) == 0
+    assert explore.main(["explain", str(runs[name])]) == 0
     assert name != "encapnet" or (runs[name] / "explain.png").read_bytes()[:4] == b"\x89PNG"
     titles = [explore.PANELS[k][0] for k in panels]
     numbers = json.loads((runs[name] / "explain.json").read_text())
     assert list(numbers) == ["run", "environment", *titles]
     assert [row._suptitle.get_text() for row in drawn[0].subfigs] == [
         f"{k}  {title}" for k, title in enumerate(titles, 1)]
-    poses = numbers[titles[0]]
-    assert len(poses) == (1 if name == "cnn" else 2)                   # the CNN stands beside
-    assert all(r <= 1 for fit in poses.values() for r in fit.values())
+    assert all(0 <= r <= 1 for r in numbers[titles[0]].values())
 
 
 def test_coefficients_are_m1_of_the_master_and_m2_of_the_aide(runs):
@@ -137,29 +134,21 @@ def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated
         assert found == pytest.approx(expected, abs=2e-3)
 
 
-def test_the_pose_panel_tells_what_each_runs_features_tell(runs, monkeypatch):
-    """Features that are some of the poses: those are told wholly, others not; no two runs mixed,
-
-    be they of one name and size in two folders.
-    """
-    run, cnn = (explore.load(runs[name])._replace(folder=Path(folder, "run"))
-                for name, folder in (("cnn", "a"), ("cnn", "b")))
+def test_the_pose_panel_tells_what_the_features_tell(runs, monkeypatch):
+    """Features that are some of the poses: those are told wholly, others not."""
     poses = digits.draw_digits(600, train=False)[2].double()
-    known = {id(run.net): [0, 2], id(cnn.net): [1, 4]}
-    monkeypatch.setattr(explore, "features", lambda r, x, labels: torch.cat(
-        [poses[:, known[id(r.net)]], torch.randn(600, 14).double()], 1))
+    monkeypatch.setattr(explore, "features", lambda run, x, labels: torch.cat(
+        [poses[:, [0, 2]], torch.randn(600, 14).double()], 1))
     figure = Figure(layout="constrained")
-    numbers = explore.draw_pose(run._replace(beside=cnn), figure, 600)
-    told = {name: {factor for factor, share in found.items() if share > 0.99}
-            for name, found in numbers.items()}
-    assert told == {"a/run": {"x", "rotation"}, "b/run": {"y", "shear"}}
-    legend, = (axis.get_legend() for axis in figure.axes if axis.get_legend())
-    assert [text.get_text() for text in legend.get_texts()] == [f"run, {run.size:,} weights"] * 2
-    bars = [[bar.get_height() for bar in group.patches] for group in legend.axes.containers
-            if isinstance(group, matplotlib.container.BarContainer)]
-    assert bars == [list(found.values()) for found in numbers.values()]
-    assert all(share < 0.7 for name, found in numbers.items() for factor, share in found.items()
-               if factor not in told[name])
+    told = explore.draw_pose(explore.load(runs["encapnet"]), figure, 600)
+    assert all((share > 0.99) == (factor in ("x", "rotation")) for factor, share in told.items())
+    assert all(share > 0.99 or share < 0.7 for share in told.values())
+    alone, bars, _ = figure.axes
+    assert [label.get_text() for label in alone.get_yticklabels()] == list(told)
+    shown = alone.images[0].get_array()
+    assert shown.argmax(1)[[0, 2]].tolist() == [0, 1] and shown[[0, 2], [0, 1]].min() > 0.99
+    assert [label.get_text() for label in bars.get_xticklabels()] == list(told)
+    assert [bar.get_height() for bar in bars.patches] == list(told.values())
 
 
 @pytest.mark.parametrize("n", [7, 40, 100])
@@ -187,21 +176,7 @@ def test_the_capsule_looked_at_is_the_right_class_s(runs):
         x, labels = spread(run, 40)
         v = explore.features(run, x, labels).float()
         v = encapnet.squash(v) if name == "em" else v                  # a pose is not squashed
-        torch.testing.assert_close(v.norm(dim=1), run.scores(x)[range(40), labels])
-
-
-def test_of_a_cnn_the_leading_principal_components_of_its_last_features_are_looked_at(runs):
-    """Up to scale, which a linear fit does not see: the same as numpy's eigenvectors give."""
-    run = explore.load(runs["cnn"])
-    x, labels = spread(run, 40)
-    (given, *_), _ = explore.record(run, x, run.net.classes)
-    given = given.double().numpy()
-    values, vectors = np.linalg.eigh(np.cov(given.T))
-    z = explore.features(run, x, labels).numpy()
-    assert z.shape == (40, 16)
-    for k in range(4):                                                 # largest first
-        component = (given - given.mean(0)) @ vectors[:, -1 - k]
-        assert abs(np.corrcoef(component, z[:, k])[0, 1]) == pytest.approx(1, abs=1e-4)
+        torch.testing.assert_close(v.norm(dim=1), explore.scores(run, x)[range(40), labels])
 
 
 def test_r_squared_known_answers():
@@ -241,40 +216,44 @@ def test_changes_are_the_ones_named():
     assert change("noise", 0.1).sub(x).abs().mean() == pytest.approx(0.08, abs=0.03)
 
 
-def linear(weight, seen):
-    """A network whose logits are linear in the image, and which notes what it is shown."""
-    def scores(x):
-        seen.append(x.detach())
-        return x.flatten(1) @ weight
-    return SimpleNamespace(scores=scores, net=SimpleNamespace(logits=True))
+def run_of(function):
+    """A run whose network is a function of the image, and which notes what it is shown."""
+    seen = []
+
+    class Net(torch.nn.Module):
+        logits = True
+
+        def forward(self, x):
+            seen.append(x.detach())
+            return function(x.flatten(1)), torch.zeros(())
+    as_it_is = SimpleNamespace(mean=torch.zeros(1), std=torch.ones(1))
+    plain = SimpleNamespace(channels_last=False, amp=False)
+    return SimpleNamespace(net=Net(), config=plain, data=as_it_is, seen=seen)
 
 
 @pytest.mark.parametrize("steps, restarts", [(1, 1), (10, 2)])
 def test_attacks_on_a_linear_network_are_exact(steps, restarts):
     """The margin of linear scores can move by eps |w|_1 and no further; a wrong image is fooled."""
-    x, eps, seen = 0.4 + 0.2 * torch.rand(200, 3, 2, 2), 0.02, []
+    x, eps = 0.4 + 0.2 * torch.rand(200, 3, 2, 2), 0.02
     weight = torch.randn(12, 2)
     weight -= weight.mean(0)                                           # both classes occur
-    run = linear(weight, seen)
-    scores = run.scores(x)
+    run = run_of(lambda x: x @ weight)
+    scores = explore.scores(run, x)
     labels = scores.argmax(1)
     labels[:20] = 1 - labels[:20]
     lead = scores.gather(1, labels[:, None])[:, 0] - scores.gather(1, 1 - labels[:, None])[:, 0]
     reach = eps * (weight[:, 0] - weight[:, 1]).abs().sum()
-    seen.clear()
+    run.seen.clear()
     found = explore.attack(run, x, labels, explore.margin, eps, steps, restarts, torch.Generator())
     clear = (lead - reach).abs() > 1e-4
     assert torch.equal(found[clear], (lead < reach)[clear])
     assert found[:20].all() and found[20:].any() and not found.all()
-    assert all((look - x).abs().max() <= eps + 1e-6 for look in seen)
+    assert all((look - x).abs().max() <= eps + 1e-6 for look in run.seen)
 
 
 def test_an_image_that_is_wrong_on_the_way_is_fooled(monkeypatch):
     """Scores of one number that err between 0.52 and 0.54 only: the ascent goes past it."""
-    def scores(x):
-        z = x.flatten(1)
-        return torch.cat([z, 1 - z + 2 * ((z > 0.52) & (z < 0.54))], 1)
-    run = SimpleNamespace(scores=scores, net=SimpleNamespace(logits=True))
+    run = run_of(lambda z: torch.cat([z, 1 - z + 2 * ((z > 0.52) & (z < 0.54))], 1))
     monkeypatch.setattr(explore, "slope", lambda run, x, labels, objective: torch.ones_like(x))
     x = torch.full((1, 1, 1, 1), 0.51)
     arguments = (run, x, torch.zeros(1).long(), explore.margin)
@@ -311,98 +290,74 @@ def test_the_margin_sees_what_the_loss_hides(runs):
     assert explore.margin(run, even, torch.tensor([3])).item() == pytest.approx(wanted, abs=1e-4)
 
 
-def test_robustness_of_seeds_side_by_side(runs, capsys, monkeypatch):
-    place, drawn = runs["encapnet"].parent, []
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+def test_robustness_of_seeds_side_by_side(runs, capsys, monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.update({path: figure}))
+    monkeypatch.chdir(tmp_path)
     small = "--images 50 --steps 1 --restarts 1 --eps 4 64 --device cpu".split()
-    paths = [str(runs[name]) for name in ("encapnet", "again", "cnn")]
-    assert explore.main(["robustness", *paths, *small]) == 0
-    out = capsys.readouterr().out
-    header, *rows = ([cell.strip() for cell in line.strip("|").split("|")]
-                     for line in out.splitlines() if line.startswith("| "))
-    assert header[1].endswith("dims=(1, 1, 2, 2) feedback=2 (2)")
-    assert header[2] == "cnn-same width=0.1 loss=ce (1)"
-    lines = [json.loads(line)
-             for line in (place / "robustness.jsonl").read_text().splitlines()[-3:]]
+    folders = [runs[name] for name in ("encapnet", "again", "cnn")]
+    assert explore.main(["robustness", *map(str, folders), *small]) == 0
+    told = [block.splitlines() for block in capsys.readouterr().out.split("error in %\n")]
+    lines = [json.loads(line) for line in Path("runs/results.jsonl").read_text().splitlines()]
     assert [line["seed"] for line in lines] == [0, 1, 5] and lines[0]["images"] == 40
-    seen = {row[0]: row[1:] for row in rows}
-    for path, line in zip(paths, lines, strict=True):
+    for folder, line, block in zip(folders, lines, told[1:], strict=True):
         errors = line["errors"]
-        tested = json.loads((explore.Path(path) / "result.json").read_text())["error"]
+        tested = json.loads((folder / "result.json").read_text())["error"]
         assert errors["clean"]["0"] == pytest.approx(tested)           # the same 40 images
         assert set(explore.CHANGES) < set(errors)
         for eps in ("4", "64"):
             single = [errors[a][eps] for a in ("FGSM", "PGD", "PGD margin")]
             assert errors["clean"]["0"] <= max(single) <= errors["any attack"][eps] <= 100
-    panels = {axis.get_title(): axis for axis in drawn[0].axes}
-    for test, strengths in lines[0]["errors"].items():
-        values = {s: np.array([line["errors"][test][s] for line in lines]) for s in strengths}
-        for s, (one, two, cnn) in values.items():
-            assert seen[f"{test} {s}" if s != "0" else test] == [
-                f"{(one + two) / 2:.1f} +- {abs(one - two) / 2 ** 0.5:.1f}", f"{cnn:.1f}"]
-        if test in panels:                                             # from no change at all on
-            clean = np.array([line["errors"]["clean"]["0"] for line in lines])
-            points = np.array([clean, *values.values()])
-            for curve, mean, head in zip(panels[test].containers, (points[:, :2].mean(1),
-                                         points[:, 2]), header[1:], strict=True):
-                assert curve.get_label() == head.rpartition(" (")[0]
-                np.testing.assert_allclose(curve.lines[0].get_ydata(orig=False), mean)
-                np.testing.assert_allclose(curve.lines[0].get_xdata(orig=False),
-                                           [0, *map(float, strengths)])
+        said = dict(re.split("  +", row.strip(), maxsplit=1) for row in block if row[:2] == "  ")
+        assert said == {test: ", ".join(f"{s}: {error:.1f}" for s, error in found.items())
+                        for test, found in errors.items()}
+    (path, figure), = drawn.items()
+    assert path == folders[0] / "robustness.png"
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    clean = np.array([line["errors"]["clean"]["0"] for line in lines])
+    for test, axis in panels.items():                                  # from no change at all on
+        changes = lines[0]["errors"][test]
+        points = np.array([clean, *([line["errors"][test][s] for line in lines] for s in changes)])
+        means = points[:, :2].mean(1), points[:, 2]
+        for curve, mean in zip(axis.containers, means, strict=True):
+            np.testing.assert_allclose(curve.lines[0].get_ydata(orig=False), mean)
+            np.testing.assert_allclose(curve.lines[0].get_xdata(orig=False),
+                                       [0, *map(float, changes)])
+        top = axis.containers[0].lines[1][1].get_ydata(orig=False)     # of the bars: the sd
+        np.testing.assert_allclose(top - means[0], np.abs(np.diff(points[:, :2])[:, 0]) / 2 ** 0.5)
+        names = [curve.get_label() for curve in axis.containers]
+        assert names[0].endswith("dims=(1, 1, 2, 2) feedback=2")
+        assert names[1] == "cnn-same width=0.1 loss=ce"
     assert len(panels) == 8
 
 
-def test_runs_of_other_settings_are_not_seeds_of_one(runs, capsys, monkeypatch):
+def test_runs_of_other_settings_are_not_seeds_of_one(runs, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(explore, "measure", lambda *given: {"clean": {"0": 1.0}})
-    monkeypatch.setattr(explore, "draw_robustness", lambda *given: None)
+    monkeypatch.setattr(explore, "draw_robustness", lambda groups, path: drawn.append(groups))
     first, second = (explore.load(runs[name]) for name in ("encapnet", "again"))
-    second = second._replace(config=replace(second.config, lam=5.0))
-    monkeypatch.setattr(explore, "load", lambda name, device: {"a": first, "b": second}[name])
-    explore.robustness(["a", "b"])
-    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| %"))
-    assert [cell.strip() for cell in header.strip("| ").split("|")][1:] == [
-        f"{first.name} (1)", f"{first.name} lam=5.0 (1)"]
-
-
-def test_results_of_one_run_lie_in_it_of_several_beside_and_none_is_lost(runs, monkeypatch):
-    drawn, one, two = [], runs["em"], runs["cnn"]
-    monkeypatch.setattr(explore, "measure", lambda *given: {"clean": {"0": 1.0}})
-    monkeypatch.setattr(explore, "draw_robustness", lambda groups, path: drawn.append(path))
-    beside = one.parent / "robustness.jsonl"
-    before = beside.read_text() if beside.exists() else ""
-    for asked in ([one], [two], [one, two], [two, one], [two]):
-        assert explore.main(["robustness", *map(str, asked), "--device", "cpu"]) == 0
-    def seeds(text):
-        return [json.loads(line)["seed"] for line in text.splitlines()]
-    assert seeds((one / "robustness.jsonl").read_text()) == [0]
-    assert seeds((two / "robustness.jsonl").read_text()) == [5, 5]
-    assert beside.read_text().startswith(before)
-    assert seeds(beside.read_text()[len(before):]) == [0, 5, 5, 0]
-    assert drawn == [folder / "robustness.png" for folder in (one, two, *[one.parent] * 2, two)]
+    explore.robustness([first, second, replace(second, config=replace(second.config, lam=5.0))])
+    assert {label: len(seeds) for label, seeds in drawn[0].items()} == {
+        explore.name_of(first): 2, f"{explore.name_of(first)} lam=5.0": 1}
 
 
 def test_a_network_that_is_always_wrong_is_wrong_under_attack(runs):
     run = explore.load(runs["encapnet"])
     x, labels = spread(run, 40)
-    run.data.test.labels = (1 + run.scores(x).argmax(1)) % 10
+    run.data.test.labels = (1 + explore.scores(run, x).argmax(1)) % 10
     errors = explore.measure(run, 40, 1, 1, (4,))
     assert errors["clean"]["0"] == errors["any attack"]["4"] == 100
 
 
-def test_explain_says_why_it_cannot_draw(runs, monkeypatch):
-    cnn = explore.load(runs["cnn"])
-    known = {"digits": cnn, "mnist": cnn._replace(config=replace(cnn.config, dataset="mnist"))}
-    monkeypatch.setattr(explore, "load", lambda name, device: known[name])
-    with pytest.raises(Problem, match="a page needs drawn digits"):
-        explore.explain("mnist")
-    with pytest.raises(Problem, match="--beside mnist: .* trained on digits"):
-        explore.explain("digits", "mnist")
+def test_explain_says_why_it_cannot_draw(runs):
+    with pytest.raises(Problem, match="a page needs capsules of digits"):
+        explore.explain(explore.load(runs["cnn"]))
 
 
 @pytest.mark.parametrize("arguments, words", [
     ("explain nowhere", "no checkpoint nowhere"), ("explain", "required: RUN"),
-    ("robustness", "RUN"), ("imagine RUN", "invalid choice"),
-    ("robustness RUN --steps 0", "at least 1"), ("explain RUN --beside nowhere", "nowhere")])
+    ("imagine RUN", "invalid choice"), ("robustness RUN --steps 0", "at least 1")])
 def test_bad_input_is_one_line(arguments, words, runs, capsys):
     given = [str(runs["cnn"]) if word == "RUN" else word for word in arguments.split()]
     assert explore.main(given) == 2
@@ -410,16 +365,15 @@ def test_bad_input_is_one_line(arguments, words, runs, capsys):
     assert words in err and err.startswith("lab.explore: ") and err.count("\n") == 1, err
 
 
-@pytest.mark.parametrize("room, words", [(explore, ""), (explore, "explain"),
-                                         (explore, "robustness"), (why, "")])
-def test_help_says_how_it_is_called_and_what_each_argument_does(room, words, capsys, monkeypatch):
+@pytest.mark.parametrize("room", [explore, why])
+def test_help_says_how_it_is_called_and_what_each_argument_does(room, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     with pytest.raises(SystemExit) as end:
-        room.main([*words.split(), "--help"])
-    out = re.sub(r"(?m)^( +\w+)\n {9,}", r"\1  ", capsys.readouterr().out)    # a long name's text
-    assert end.value.code == 0 and out.startswith(f"usage: python -m {room.__name__} {words}")
+        room.main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and out.startswith(f"usage: python -m {room.__name__} ")
     assert len(out.splitlines()[2]) > 30                               # what it is for
-    named = re.findall(r"(?m)^ {2,4}([-{]\S.*|RUN.*|explain.*|robustness.*)", out)
+    named = re.findall(r"(?m)^ {2}([-{]\S.*|RUN.*)", out)
     assert len(named) >= 3 and all(re.search(r"\S  +\S", line) for line in named), named
 
 

@@ -35,7 +35,8 @@ def test_a_step_s_parts_are_those_of_the_losses():
     config = make_config(train_images=8, test_images=2, batch_size=8, lam=7.0, weight_decay=0.0,
                          set=dict(types=2, dims=(1, 1, 2, 2)), device="cpu", channels_last=False)
     run, twin = (build_run(config, load_data(config, CPU), CPU) for _ in range(2))
-    x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8)
+    x = (images / 255 - run.data.mean.view(3, 1, 1)) / run.data.std.view(3, 1, 1)
     weights = list(twin.net.train().blocks.parameters())
     norms = []
     for part in ("margin", "divergence"):
@@ -43,7 +44,7 @@ def test_a_step_s_parts_are_those_of_the_losses():
         total = 7 * feedback if part == "divergence" else margin_loss(scores, labels)
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
         norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm().item())
-    *found, rate = why.observed_step(run, x, labels)
+    *found, rate = why.observed_step(run, images, labels, torch.rand(8, 7))
     assert found == pytest.approx(norms, rel=1e-3)
     assert 0.9 < rate <= 1.001                            # Adam's first step moves by the rate
 
@@ -52,13 +53,21 @@ def test_em_is_drawn(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (4, 28, 28))
     write_idx(tmp_path, "MNIST", dict.fromkeys(("train", "test"), (noise, np.arange(4))))
     figure, found = why.em(str(tmp_path), rounds=2, images=2)
-    assert len(figure.axes) == 2 and len(found) == 4
+    drawn = [line[0].get_ydata().tolist() for axis in figure.axes for line in axis.containers]
+    assert drawn == [list(seen[what]) for what in ("effective votes", "deviation of log p")
+                     for seen in found.values()] and len(drawn) == 8
+    layers = {(layer, form): found[f"layer {layer}, log p {form}"]
+              for layer in (1, 2) for form in ("standardised", "as it is")}
+    first, other = (layers[1, form]["effective votes"] for form in ("standardised", "as it is"))
+    assert first[0] == other[0] and first[1] > other[1]                # fewer as it is
     assert all(len(values) == 2 for seen in found.values() for values in seen.values())
 
 
 def test_the_burst_is_drawn_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert why.main(["burst", "--steps", "2"]) == 0
+    monkeypatch.setattr(why.burst, "__defaults__", (128,))             # images: two steps
+    assert why.main(["burst"]) == 0
     found = json.loads(Path("runs/why-burst.json").read_text())["found"]
     assert [len(values) for seen in found.values() for values in seen.values()] == 6 * [2]
+    assert found["not clipped"]["rate"] != found["clipped to 1"]["rate"]
     assert Path("runs/why-burst.png").stat().st_size > 10_000
