@@ -56,7 +56,7 @@ def save(run, keep=True):
     if rank() == 0:
         check_finite(run)
         data = run.data
-        state = {"config": {**dataclasses.asdict(run.config), "resume": None},
+        state = {"config": dataclasses.asdict(run.config),
                  "data": {"name": data.name, "classes": data.classes, "source": data.source,
                           "mean": data.mean.cpu(), "std": data.std.cpu()},
                  "net": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
@@ -116,23 +116,18 @@ def load_checkpoint(path):
         return read_checkpoint(before)
 
 
-def differences(config, then):
-    """How a configuration differs from that of a run in what it trains -> ["field old -> new"].
-
-    Not where the data lie, nor the file of their classes: the images themselves are compared.
-    """
-    ours, theirs = ({**identity(c), "dataset": c.dataset, "class_list": ""}
-                    for c in (config, Config(**then)))
-    return [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
-            if ours[name] != theirs[name]]
-
-
 def check_same(config, data, state, folder):
-    """Refuse to resume a checkpoint of another configuration or of other images."""
-    changed = differences(config, state["config"])
-    then, now = state["config"]["epochs"], config.epochs
-    if now < state["epoch"] or (now != then and config.schedule == "one-cycle"):
-        changed.append(f"epochs {then!r} -> {now!r}")
+    """Refuse to resume a checkpoint of another configuration or of other images.
+
+    They may lie elsewhere, as may the list of their classes: the images themselves are compared.
+    """
+    before = Config(**state["config"])
+    ours, theirs = ({**identity(c), "dataset": c.dataset, "class_list": ""}
+                    for c in (config, before))
+    if config.epochs < state["epoch"] or config.schedule == "one-cycle":
+        ours["epochs"], theirs["epochs"] = config.epochs, before.epochs
+    changed = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
+               if ours[name] != theirs[name]]
     if changed:
         raise Problem(f"{folder} was trained otherwise ({'; '.join(changed)}); for another run "
                       "choose another --output-dir; for more epochs, with --schedule steps, "
@@ -176,14 +171,10 @@ def write_log(run):
         write_file(run.folder / "log.jsonl", text.encode())
 
 
-def newest(finished=False, like=None):
-    """The run in runs/ that was saved last, an unfinished one unless finished ones will do.
-
-    like: a configuration that it must have
-    """
+def newest(finished=False):
+    """The run in runs/ that was saved last, an unfinished one unless finished ones will do."""
     for folder in sorted(RUNS.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True):
-        if begun(folder) and (finished or not (folder / "result.json").exists()) \
-                and not (like and differences(like, load_checkpoint(folder)["config"])):
+        if begun(folder) and (finished or not (folder / "result.json").exists()):
             say(f"newest run: {folder}")
             return str(folder)
     return None

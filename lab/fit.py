@@ -27,10 +27,8 @@ from lab.checkpoint import (
     due,
     load_checkpoint,
     load_weights,
-    newest,
     numbered_folder,
     restore,
-    run_folder,
     save,
     write_log,
 )
@@ -48,9 +46,7 @@ from lab.runtime import (
     locked,
     pick_device,
     rank,
-    restarts,
     say,
-    shared,
     world,
     write_file,
 )
@@ -415,15 +411,16 @@ def record(result):
 def fit(config):
     """Train as the Config says, from the start or where its folder stopped -> the result, plain.
 
-    The same output_dir goes on; so does the newest unfinished run where torchrun starts us again.
+    The same output_dir goes on, whoever asks: --resume, the same command again, a restart.
     """
     device = start(config)
-    folder = config.resume or config.output_dir or (restarts() and shared(newest(like=config)))
     data = load_data(config, device)
-    folder = run_folder(folder) if folder else \
-        shared(numbered_folder(config) if rank() == 0 else None)
+    folder = [config.output_dir or (numbered_folder(config) if rank() == 0 else "")]
+    if world() > 1:
+        dist.broadcast_object_list(folder)
+    folder = Path(folder[0])
     with locked(folder), caught_signals() as signals:
-        state = load_checkpoint(folder) if config.resume or begun(folder) else None
+        state = load_checkpoint(folder) if begun(folder) else None
         if state:
             check_same(config, data, state, folder)
             result = folder / "result.json"

@@ -118,14 +118,6 @@ def agreed(number):
     return int(ballot)
 
 
-def shared(value):
-    """Rank 0's value, on every process."""
-    box = [value]
-    if world() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def pick_device(name):
     try:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -138,16 +130,11 @@ def pick_device(name):
         raise Problem(f"--device {name}: {reason(error)}") from error
 
 
-def restarts():
-    """How often torchrun has started us again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 def join_processes(backend):
     """init_process_group, but a restart does not find the addresses of the processes before it."""
     from torch.distributed.rendezvous import rendezvous
     store, rank, world = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"start-{restarts()}", store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 

@@ -40,7 +40,7 @@ from conftest import (
     two_processes,
 )
 from lab.checkpoint import due, load_checkpoint, newest
-from lab.config import Config, make_config
+from lab.config import make_config
 from lab.runtime import Problem
 
 # ------------------------------------------------------------------------------------------------
@@ -325,26 +325,21 @@ def test_a_finished_run_does_not_answer_for_other_images(reference, place):
     assert (run_of_others / "result.json").exists()
 
 
-def test_the_newest_run_is_the_last_saved_that_fits(half, place, monkeypatch):
+def test_the_newest_run_is_the_last_saved(half, place, monkeypatch):
     """Also one killed between two renames, which has only the checkpoint before."""
     monkeypatch.chdir(place)
     runs = Path("runs")
-    for k, name in enumerate(("old", "new", "stranger")):
+    assert newest() is None
+    for name in ("older", "new", "old"):
         shutil.copytree(half, runs / name)
-        os.utime(runs / name, (1000 * k, 1000 * k))
+    (runs / "empty").mkdir()
     (runs / "new/last.pt").unlink()
-    os.utime(runs / "new", (1500, 1500))
-    state = torch.load(half / "last.pt", weights_only=True)
-    state["config"]["lr"] = 0.5
-    for name in ("last.pt", "previous.pt"):
-        torch.save(state, runs / "stranger" / name)
-    os.utime(runs / "stranger", (2000, 2000))
-    config = Config(**load_checkpoint(half)["config"])
-    assert newest() == "runs/stranger" and newest(like=config) == "runs/new"
+    for age, name in enumerate(("older", "old", "new", "empty")):
+        os.utime(runs / name, (age, age))
+    assert newest() == newest(finished=True) == "runs/new"
     (runs / "new/result.json").write_text("{}")
-    assert newest(like=config) == "runs/old"
-    os.utime(runs / "new", (1500, 1500))
-    assert newest(finished=True, like=config) == "runs/new"
+    os.utime(runs / "new", (2, 2))
+    assert newest() == "runs/old" and newest(finished=True) == "runs/new"
 
 
 def test_epochs_may_grow_with_the_run_as_if_planned(reference, place):

