@@ -99,16 +99,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextlib.contextmanager
-def rank_by_rank():
-    """Rank 0 does the block first, the others after it."""
-    if world() > 1 and rank() > 0:
-        dist.barrier()
-    yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
-
-
 def agreed(number):
     """The largest number any process brings: one that is to stop stops all on the same step."""
     if world() == 1:
