@@ -20,10 +20,6 @@ from lab.runtime import RUNS, Diverged, Problem, rank, reason, say, world, write
 SAVED = ("epoch", "step", "totals", "history", "seconds", "moments", "header")
 
 
-def due(run):
-    return time.time() - run.saved >= run.config.save_every
-
-
 def average_totals(run):
     """The epoch's sums so far, as a mean over the processes."""
     if world() > 1:

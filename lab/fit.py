@@ -24,7 +24,6 @@ from lab.checkpoint import (
     begun,
     check_finite,
     check_same,
-    due,
     load_checkpoint,
     load_weights,
     numbered_folder,
@@ -39,7 +38,6 @@ from lab.measure import agreement, call, evaluate, first, sample, told_apart
 from lab.runtime import (
     RUNS,
     Problem,
-    agreed,
     caught_signals,
     count,
     join_processes,
@@ -223,7 +221,11 @@ def train_epoch(run):
             if run.step % config.print_freq == 0 or run.step == run.steps:
                 check_finite(run)
                 show(run, bar)
-            caught = agreed(run.signals[0] if run.signals else int(due(run)))
+            due = time.time() - run.saved >= config.save_every
+            vote = torch.tensor(run.signals[0] if run.signals else int(due))
+            if world() > 1:                               # one process's signal stops them all
+                dist.all_reduce(vote, dist.ReduceOp.MAX)
+            caught = int(vote)
             if caught:
                 save(run)
             if caught > 1:
@@ -364,7 +366,7 @@ def finish_epoch(run, since, images):
         f"{gradient}  error: train {100 * wrong:5.2f} %  {tested_on(run.config)} "
         f"{test['error']:5.2f} %  "
         f"{images:,.0f} images/s  {clock(left)} left")
-    if agreed(int(run.epoch == run.config.epochs or due(run))):
+    if run.epoch == run.config.epochs:
         save(run)
     write_log(run)
 

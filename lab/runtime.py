@@ -99,15 +99,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def agreed(number):
-    """The largest number any process brings: one that is to stop stops all on the same step."""
-    if world() == 1:
-        return number
-    ballot = torch.tensor(number)
-    dist.all_reduce(ballot, dist.ReduceOp.MAX)
-    return int(ballot)
-
-
 def pick_device(name):
     try:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

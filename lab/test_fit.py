@@ -328,6 +328,27 @@ def test_an_epochs_line_and_log_are_the_means_of_its_steps(trial, monkeypatch, c
     assert any(values[2] != .5 for *_, values in steps)
 
 
+@pytest.mark.parametrize("seconds, steps", [(0, [0, 1, 2, 3, 4]), (20, [0, 2, 4]), (25, [0, 3]),
+                                            (1000, [0])])
+def test_a_checkpoint_is_saved_after_so_many_seconds(seconds, steps, trial, monkeypatch):
+    """A step takes ten seconds, an epoch has four; besides, at the start and the end of a run."""
+    trial(toy_data(train=16), Toy)
+    now, saved, true, save = [1e6], [], fit.train_step, fit.save
+
+    def slow_step(*given):
+        now[0] += 10
+        return true(*given)
+
+    def noted(run, **keywords):
+        saved.append(4 * run.epoch + run.step)
+        save(run, **keywords)
+    monkeypatch.setattr(fit, "train_step", slow_step)
+    monkeypatch.setattr(fit, "save", noted)
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    fit.fit(config_of(epochs=1, save_every=seconds, output_dir="run"))
+    assert saved == [*steps, 4]
+
+
 def test_every_process_has_as_many_images_of_a_batch(trial, monkeypatch):
     trial(toy_data(train=7), Toy)
     for processes, batch in ((1, 7), (2, 6), (3, 6), (4, 4)):
