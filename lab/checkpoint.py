@@ -5,7 +5,9 @@ import io
 import itertools
 import json
 import math
+import os
 import pickle
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -183,3 +185,45 @@ def numbered_folder(config):
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Refuse a folder that another process works in; the kernel unlocks when that one dies."""
+    if rank() > 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    except OSError as error:
+        raise Problem(f"--output-dir {folder}: {error.strerror}") from error
+    with file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                               # Windows: no lock
+            pass
+        except OSError:
+            raise Problem(f"{folder} is in use by another run") from None
+        yield
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
+    signals, first = [], []
+
+    def handler(number, frame):
+        if signals and time.time() - first[0] > 1:        # torchrun repeats what a terminal sent
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        first.append(time.time())
+        signals.append(number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import math
-import os
 import platform
 import shlex
 import signal
@@ -19,35 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import encapnet
-from lab.checkpoint import (
-    average_totals,
-    begun,
-    check_finite,
-    check_same,
-    load_checkpoint,
-    load_weights,
-    numbered_folder,
-    restore,
-    save,
-    write_log,
-)
+from lab import checkpoint
 from lab.config import PEERS, Config, config_key, tested_on
 from lab.data import Data, augmented, load_data, normalised, shuffle
 from lab.figures import draw_run
 from lab.measure import agreement, call, evaluate, first, sample, told_apart
-from lab.runtime import (
-    RUNS,
-    Problem,
-    caught_signals,
-    count,
-    join_processes,
-    locked,
-    pick_device,
-    rank,
-    say,
-    world,
-    write_file,
-)
+from lab.runtime import RUNS, Problem, count, rank, say, start, world, write_file
 
 # ------------------------------------------------------------------------------------------------
 # The network
@@ -87,10 +63,10 @@ def class_layer(config, classes, channels):
 
 def start_from(run, path):
     """The weights of --init RUN; where the classes are others, the class layer keeps its own."""
-    state = load_checkpoint(path)
+    state = checkpoint.load_checkpoint(path)
     same = state["data"]["classes"] == run.data.classes
     keep = () if same else class_layer(run.config, len(run.data.classes), run.data.channels)
-    load_weights(run.net, state, f"--init {path}", keep)
+    checkpoint.load_weights(run.net, state, f"--init {path}", keep)
     say(f"weights of {path}, after {count(state['epoch'], 'epoch')}"
         + ("" if same else "; its classes are others: the class layer starts anew"))
 
@@ -219,7 +195,7 @@ def train_epoch(run):
             run.totals[1:] += values
             run.bad = run.bad.where(values[:2].isfinite(), run.bad.clamp(max=run.step))
             if run.step % config.print_freq == 0 or run.step == run.steps:
-                check_finite(run)
+                checkpoint.check_finite(run)
                 show(run, bar)
             due = time.time() - run.saved >= config.save_every
             vote = torch.tensor(run.signals[0] if run.signals else int(due))
@@ -227,7 +203,7 @@ def train_epoch(run):
                 dist.all_reduce(vote, dist.ReduceOp.MAX)
             caught = int(vote)
             if caught:
-                save(run)
+                checkpoint.save(run)
             if caught > 1:
                 raise Problem(f"stopped by {signal.Signals(caught).name} in epoch {run.epoch + 1}, "
                               f"after step {run.step}; go on with: python train.py "
@@ -250,24 +226,6 @@ def clock(seconds):
 # ------------------------------------------------------------------------------------------------
 # fit: a Config in, a result out
 # ------------------------------------------------------------------------------------------------
-
-
-def start(config):
-    """Device and process group of a run -> device."""
-    device = pick_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        tf32 = not config.deterministic
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():         # torchrun started us
-        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if config.batch_size % world():
-        raise Problem(f"--batch-size {config.batch_size} does not divide among {world()} processes")
-    return device
 
 
 def environment(device):
@@ -313,7 +271,7 @@ def build_run(config, data, device):
 def begin(run, state):
     """Bring a run to its start, or to where its checkpoint left it."""
     if state:
-        restore(run, state)
+        checkpoint.restore(run, state)
         if rank() == 0:
             (run.folder / "result.json").unlink(missing_ok=True)         # of fewer epochs
         say(f"{run.folder}: going on after epoch {run.epoch}, step {run.step}")
@@ -321,8 +279,8 @@ def begin(run, state):
         if run.config.init:
             start_from(run, run.config.init)
         look_at_routing(run)
-    save(run, keep=False)                                 # over a damaged one, if that it was
-    write_log(run)
+    checkpoint.save(run, keep=False)                      # over a damaged one, if that it was
+    checkpoint.write_log(run)
 
 
 def introduce(run):
@@ -345,7 +303,7 @@ def look_at_routing(run):
 
 def finish_epoch(run, since, images):
     """Test, log, print."""
-    average_totals(run)
+    checkpoint.average_totals(run)
     n, *sums = run.totals.tolist()
     loss, feedback, wrong, norm, clipped = (total / n for total in sums)
     test = evaluate(run)
@@ -367,8 +325,8 @@ def finish_epoch(run, since, images):
         f"{test['error']:5.2f} %  "
         f"{images:,.0f} images/s  {clock(left)} left")
     if run.epoch == run.config.epochs:
-        save(run)
-    write_log(run)
+        checkpoint.save(run)
+    checkpoint.write_log(run)
 
 
 def finish(run):
@@ -417,14 +375,14 @@ def fit(config):
     """
     device = start(config)
     data = load_data(config, device)
-    folder = [config.output_dir or (numbered_folder(config) if rank() == 0 else "")]
+    folder = [config.output_dir or (checkpoint.numbered_folder(config) if rank() == 0 else "")]
     if world() > 1:
         dist.broadcast_object_list(folder)
     folder = Path(folder[0])
-    with locked(folder), caught_signals() as signals:
-        state = load_checkpoint(folder) if begun(folder) else None
+    with checkpoint.locked(folder), checkpoint.caught_signals() as signals:
+        state = checkpoint.load_checkpoint(folder) if checkpoint.begun(folder) else None
         if state:
-            check_same(config, data, state, folder)
+            checkpoint.check_same(config, data, state, folder)
             result = folder / "result.json"
             if state["epoch"] == config.epochs and result.exists():
                 say(f"{folder} is already finished")

@@ -1,9 +1,7 @@
-"""What every room stands on: a Problem and how it is told, files, devices, processes, signals."""
+"""What every room stands on: a Problem and how it is told, files, devices, processes."""
 import contextlib
 import os
-import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -119,43 +117,19 @@ def join_processes(backend):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Refuse a folder that another process works in; the kernel unlocks when that one dies."""
-    if rank() > 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
-    except OSError as error:
-        raise Problem(f"--output-dir {folder}: {error.strerror}") from error
-    with file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                               # Windows: no lock
-            pass
-        except OSError:
-            raise Problem(f"{folder} is in use by another run") from None
-        yield
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
-    signals, first = [], []
-
-    def handler(number, frame):
-        if signals and time.time() - first[0] > 1:        # torchrun repeats what a terminal sent
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        first.append(time.time())
-        signals.append(number)
-
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+def start(config):
+    """Device and process group of a run -> device."""
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        tf32 = not config.deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():         # torchrun started us
+        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if config.batch_size % world():
+        raise Problem(f"--batch-size {config.batch_size} does not divide among {world()} processes")
+    return device

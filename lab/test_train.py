@@ -16,7 +16,7 @@ from PIL import Image
 import encapnet
 import train
 from conftest import FOLDER, HERE, assert_one_line, state_of
-from lab import bench, fit
+from lab import bench, runtime
 from lab.config import AUGMENT, DATASETS, config_key, make_config
 from lab.fit import learning_rate
 from lab.runtime import Problem, count, guarded
@@ -202,7 +202,7 @@ def test_a_trained_network_in_another_program_says_what_predict_says(trained, cl
 
 def test_load_leaves_the_other_program_s_settings_alone(trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")                                # its own processes
-    monkeypatch.setattr(fit, "join_processes", lambda backend: pytest.fail("joined"))
+    monkeypatch.setattr(runtime, "join_processes", lambda backend: pytest.fail("joined"))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: pytest.fail("changed"))
     net, _, _ = load(trained, device="meta", deterministic=True)
     assert {p.device.type for p in net.parameters()} == {"meta"}
