@@ -190,6 +190,7 @@ def numbered_folder(config):
 @contextlib.contextmanager
 def locked(folder):
     """Refuse a folder that another process works in; the kernel unlocks when that one dies."""
+    import fcntl                                          # Windows has none
     if rank() > 0:
         yield
         return
@@ -200,10 +201,7 @@ def locked(folder):
         raise Problem(f"--output-dir {folder}: {error.strerror}") from error
     with file:
         try:
-            import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                               # Windows: no lock
-            pass
         except OSError:
             raise Problem(f"{folder} is in use by another run") from None
         yield
