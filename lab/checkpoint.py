@@ -75,10 +75,7 @@ def read_checkpoint(path):
             if file.testzip():
                 raise ValueError("a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        needed = {"config", "data", "net", "optimizer", *SAVED}
-        if not isinstance(state, dict) or not needed <= set(state):
-            raise ValueError("not written by train.py")
-        Config(**state["config"])
+        Config(**state["config"])                         # train.py's, or this raises
         return state
     except FileNotFoundError:
         raise Problem(f"no checkpoint {path}") from None
@@ -139,12 +136,10 @@ def check_same(config, data, state, folder):
 
 
 def load_weights(net, state, path, keep=()):
-    """A checkpoint's weights into a network, whatever model wrapped theirs; but for those named."""
+    """A checkpoint's weights into a network, but for those to keep."""
     mine = net.state_dict()
     try:
-        theirs = {name.replace("_orig_mod.", "").removeprefix("module."): t
-                  for name, t in state["net"].items()}
-        net.load_state_dict({**theirs, **{name: mine[name] for name in keep}})
+        net.load_state_dict({**state["net"], **{name: mine[name] for name in keep}})
     except (RuntimeError, AttributeError, TypeError) as error:
         raise Problem(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
 
