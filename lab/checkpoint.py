@@ -184,8 +184,11 @@ def numbered_folder(config):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Refuse a folder that another process works in; the kernel unlocks when that one dies."""
-    import fcntl                                          # Windows has none
+    """Refuse a folder that another process works in; the kernel unlocks when that one dies.
+
+    Not on Windows, which has no fcntl.
+    """
+    import fcntl
     if rank() > 0:
         yield
         return
