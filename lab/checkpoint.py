@@ -31,18 +31,15 @@ def average_totals(run):
 
 def check_finite(run):
     """Stop before a NaN reaches a checkpoint, and name the step and the culprit."""
-    loss, feedback = run.bad.tolist()
-    state = {name: t for name, t in run.net.state_dict().items() if t.is_floating_point()}
-    finite = torch.stack([t.isfinite().all() for t in state.values()]).tolist()
-    bad = [name for name, ok in zip(state, finite, strict=True) if not ok]
-    if loss != feedback:                                  # one of them was the first
-        bad = ["the loss" if loss < feedback else "the feedback"]
-    elif loss < math.inf:
-        bad.append("loss and feedback")
-    if bad:
-        step = min(loss, feedback, run.step)
-        raise Diverged(f"epoch {run.epoch + 1}, step {step:.0f}: {bad[0]} is not finite; the last "
-                       f"good checkpoint is in {run.folder}; a smaller --lr may help", 1)
+    since = dict(zip(("the loss", "the feedback"), run.bad.tolist(), strict=True))
+    weights = run.net.state_dict()
+    finite = torch.stack([t.isfinite().all() for t in weights.values()]).tolist()
+    since |= {name: run.step for name, ok in zip(weights, finite, strict=True) if not ok}
+    culprit = min(since, key=since.get)
+    if since[culprit] < math.inf:
+        raise Diverged(f"epoch {run.epoch + 1}, step {since[culprit]:.0f}: {culprit} is not "
+                       f"finite; the last good checkpoint is in {run.folder}; a smaller --lr may "
+                       "help", 1)
 
 
 def save(run, keep=True):
