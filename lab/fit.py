@@ -196,7 +196,8 @@ def train_epoch(run):
             run.bad = run.bad.where(values[:2].isfinite(), run.bad.clamp(max=run.step))
             if run.step % config.print_freq == 0 or run.step == run.steps:
                 checkpoint.check_finite(run)
-                show(run, bar)
+                if not bar.disable:                       # a terminal has a bar, a file has not
+                    bar.set_postfix_str(f"loss {run.totals[1] / run.totals[0]:.4f}")
             due = time.time() - run.saved >= config.save_every
             vote = torch.tensor(run.signals[0] if run.signals else int(due))
             if world() > 1:                               # one process's signal stops them all
@@ -208,14 +209,6 @@ def train_epoch(run):
                 raise Problem(f"stopped by {signal.Signals(caught).name} in epoch {run.epoch + 1}, "
                               f"after step {run.step}; go on with: python train.py "
                               f"--resume {run.folder}", 128 + caught)
-
-
-def show(run, bar):
-    """The means so far, beside the bar, which a terminal has and a file has not."""
-    if not bar.disable:
-        n, loss, feedback, wrong, *_ = run.totals.tolist()
-        bar.set_postfix_str(f"loss {loss / n:.4f}, feedback {feedback / n:.4f}, "
-                            f"error {100 * wrong / n:.1f} %")
 
 
 def clock(seconds):
