@@ -71,15 +71,6 @@ def start_from(run, path):
         + ("" if same else "; its classes are others: the class layer starts anew"))
 
 
-def wrapped(net, config, device):
-    """What is called in training: net, distributed and compiled as asked."""
-    model = net
-    if world() > 1:
-        model = nn.parallel.DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None)
-    return torch.compile(model) if config.compile else model
-
-
 # ------------------------------------------------------------------------------------------------
 # One step, one epoch, evaluation
 # ------------------------------------------------------------------------------------------------
@@ -253,10 +244,12 @@ def build_run(config, data, device):
         net = net.to(memory_format=torch.channels_last)
     if world() > 1 and device.type == "cuda":             # on a CPU each process has its own
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    model = nn.parallel.DistributedDataParallel(net) if world() > 1 else net
+    model = torch.compile(model) if config.compile else model
     optimizer = make_optimizer(config, net.parameters(), device)
     double = torch.float32 if device.type == "mps" else torch.float64
     header = {"config": dataclasses.asdict(config), "environment": environment(device)}
-    return Run(config, data, device, net, wrapped(net, config, device), optimizer, header,
+    return Run(config, data, device, net, model, optimizer, header,
                totals=torch.zeros(6, dtype=double, device=device),
                bad=torch.full((2,), math.inf, device=device))
 
