@@ -218,16 +218,12 @@ def environment(device):
                          capture_output=True, text=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{device.type.upper()}, {count(torch.get_num_threads(), 'thread')}"
+    file = Path(sys.argv[0])
+    program = ["-m", f"lab.{file.stem}"] if file.parent.name == "lab" else [file.name]
     return {"device": name, "processes": world(), "torch": str(torch.__version__),
             "python": platform.python_version(),
             "commit": git.stdout.strip() or None,
-            "command": shlex.join(["python", *program(), *sys.argv[1:]])}
-
-
-def program():
-    """train.py, or -m lab.ROOM."""
-    file = Path(sys.argv[0])
-    return ["-m", f"lab.{file.stem}"] if file.parent.name == "lab" else [file.name]
+            "command": shlex.join(["python", *program, *sys.argv[1:]])}
 
 
 def build_run(config, data, device):
@@ -237,7 +233,7 @@ def build_run(config, data, device):
     if config.channels_last and device.type == "cpu" and any(
             isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
             and m.in_channels < 8 for m in net.modules()):
-        say("--channels-last: off, torch 2.15 crashes in this network's narrow strided 1x1 "
+        say("--channels-last: off, torch crashes in this network's narrow strided 1x1 "
             "convolutions on a CPU")
         config = dataclasses.replace(config, channels_last=False)
     if config.channels_last:
@@ -255,22 +251,19 @@ def build_run(config, data, device):
 
 
 def begin(run, state):
-    """Bring a run to its start, or to where its checkpoint left it."""
+    """Bring a run to its start, or to where its checkpoint left it, and introduce it."""
+    data, config = run.data, run.config
     if state:
         checkpoint.restore(run, state)
         if rank() == 0:
             (run.folder / "result.json").unlink(missing_ok=True)         # of fewer epochs
         say(f"{run.folder}: going on after epoch {run.epoch}, step {run.step}")
     else:
-        if run.config.init:
-            start_from(run, run.config.init)
+        if config.init:
+            start_from(run, config.init)
         look_at_routing(run)
     checkpoint.save(run, keep=False)                      # over a damaged one, if that it was
     checkpoint.write_log(run)
-
-
-def introduce(run):
-    data, config = run.data, run.config
     weights = sum(p.numel() for p in run.net.parameters())
     say(f"{data.name}: {len(data.train):,} + {count(len(data.test), 'image')}, "
         f"{count(len(data.classes), 'class')}; {config.model}: {weights:,} parameters; "
@@ -330,7 +323,7 @@ def finish(run):
         "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
         "parameters": sum(p.numel() for p in run.net.parameters()),
         "seconds": round(run.seconds, 1),
-        "folder": str(run.folder), "config": run.header["config"] | {"epochs": config.epochs},
+        "folder": str(run.folder), "config": run.header["config"],
         "environment": run.header["environment"],
         "curves": {k: [e[k] for e in run.history]
                    for k in ("loss", "feedback", "train_error", "test_error")},
@@ -376,7 +369,6 @@ def fit(config):
         run = build_run(config, data, device)
         run.folder, run.signals = folder, signals
         begin(run, state)
-        introduce(run)
         while run.epoch < config.epochs:
             since, before = time.time(), run.step
             train_epoch(run)
