@@ -72,7 +72,8 @@ def read_checkpoint(path):
             if file.testzip():
                 raise ValueError("a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**state["config"])                         # train.py's, or this raises
+        Config(**state["config"])                         # train.py's, or these raise
+        dict(**state["data"])
         return state
     except FileNotFoundError:
         raise Problem(f"no checkpoint {path}") from None
