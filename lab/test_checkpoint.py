@@ -144,6 +144,22 @@ def test_a_signal_ends_the_step_saves_and_exits(number, code, reference, place):
     assert_same_run_but(place / "run", reference, "save_every")
 
 
+def signal_twice(apart, optimizer):
+    send(signal.SIGTERM)
+    time.sleep(apart)
+    send(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("apart, code, saved", [(0, 143, (1, 2)), (1.1, -signal.SIGTERM, (0, 0))])
+def test_a_second_signal_stops_at_once_but_a_repeated_one_does_not(apart, code, saved, place):
+    """torchrun repeats what a terminal has sent to all; a user who sends another waits a moment."""
+    act = functools.partial(at_step, 6, functools.partial(signal_twice, apart))
+    rarely = EXACT.replace("--save-every 0", "--save-every 1000")
+    assert run(place, rarely, sabotage=[act]).code == code
+    state = state_of(place / "run")
+    assert (state["epoch"], state["step"]) == saved
+
+
 def cut(share):
     def damage(content):
         return content[:int(len(content) * share)]
