@@ -1,5 +1,4 @@
 """What every room stands on: a Problem and how it is told, files, devices, processes."""
-import contextlib
 import os
 import sys
 import traceback
@@ -39,19 +38,17 @@ def guarded(program, function, arguments):
     try:
         function(arguments)
         return 0
-    except BrokenPipeError:                                              # piped into head
-        return 1
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        code, message = error.code if isinstance(error, Problem) else 1, str(error)
         if isinstance(error, KeyboardInterrupt):
-            code, message = 130, "interrupted"
+            error = Problem("interrupted", 130)
         elif not isinstance(error, Problem):
-            message = f"unexpected {type(error).__name__}: {reason(error)} (--debug shows where)"
-        if rank() == 0 or code == 1:
-            print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
-        return code
+            error = Problem(f"unexpected {type(error).__name__}: {reason(error)} (--debug shows "
+                            "where)", 1)
+        if rank() == 0 or error.code == 1:
+            print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return error.code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -78,8 +75,7 @@ def write_file(path, content, keep=None):
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise Problem(f"cannot write {path}: {error.strerror}; what was saved before is intact",
                       1) from error
 
