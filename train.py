@@ -28,7 +28,7 @@ import sys
 
 import encapnet
 from lab import bench
-from lab.checkpoint import load_checkpoint, newest
+from lab.checkpoint import load_checkpoint, newest, run_folder
 from lab.config import (
     DATASETS,
     MODEL_SIDE,
@@ -117,8 +117,9 @@ def with_run(given, finished):
 def train(given):
     """Plain training: a new run, or the rest of an old one, whose settings then hold."""
     if "resume" in given:
-        given = with_run(given, finished=False)
-        result = fit(Config(**merge(load_checkpoint(given["resume"])["config"], given)))
+        path = with_run(given, finished=False)["resume"]
+        here = {"resume": None, "output_dir": str(run_folder(path))}
+        result = fit(Config(**merge(load_checkpoint(path)["config"], given, here)))
     else:
         result = fit(make_config(**given))
     best, note = result["best_by_test_error"], ""

@@ -5,7 +5,9 @@ import io
 import itertools
 import json
 import math
+import os
 import pickle
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -20,10 +22,6 @@ from lab.runtime import RUNS, Diverged, Problem, rank, reason, say, world, write
 SAVED = ("epoch", "step", "totals", "history", "seconds", "moments", "header")
 
 
-def due(run):
-    return time.time() - run.saved >= run.config.save_every
-
-
 def average_totals(run):
     """The epoch's sums so far, as a mean over the processes."""
     if world() > 1:
@@ -33,18 +31,15 @@ def average_totals(run):
 
 def check_finite(run):
     """Stop before a NaN reaches a checkpoint, and name the step and the culprit."""
-    loss, feedback = run.bad.tolist()
-    state = {name: t for name, t in run.net.state_dict().items() if t.is_floating_point()}
-    finite = torch.stack([t.isfinite().all() for t in state.values()]).tolist()
-    bad = [name for name, ok in zip(state, finite, strict=True) if not ok]
-    if loss != feedback:                                  # one of them was the first
-        bad = ["the loss" if loss < feedback else "the feedback"]
-    elif loss < math.inf:
-        bad.append("loss and feedback")
-    if bad:
-        step = min(loss, feedback, run.step)
-        raise Diverged(f"epoch {run.epoch + 1}, step {step:.0f}: {bad[0]} is not finite; the last "
-                       f"good checkpoint is in {run.folder}; a smaller --lr may help", 1)
+    since = dict(zip(("the loss", "the feedback"), run.bad.tolist(), strict=True))
+    weights = run.net.state_dict()
+    finite = torch.stack([t.isfinite().all() for t in weights.values()]).tolist()
+    since |= {name: run.step for name, ok in zip(weights, finite, strict=True) if not ok}
+    culprit = min(since, key=since.get)
+    if since[culprit] < math.inf:
+        raise Diverged(f"epoch {run.epoch + 1}, step {since[culprit]:.0f}: {culprit} is not "
+                       f"finite; the last good checkpoint is in {run.folder}; a smaller --lr may "
+                       "help", 1)
 
 
 def save(run, keep=True):
@@ -56,7 +51,7 @@ def save(run, keep=True):
     if rank() == 0:
         check_finite(run)
         data = run.data
-        state = {"config": {**dataclasses.asdict(run.config), "resume": None},
+        state = {"config": dataclasses.asdict(run.config),
                  "data": {"name": data.name, "classes": data.classes, "source": data.source,
                           "mean": data.mean.cpu(), "std": data.std.cpu()},
                  "net": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
@@ -77,10 +72,8 @@ def read_checkpoint(path):
             if file.testzip():
                 raise ValueError("a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        needed = {"config", "data", "net", "optimizer", *SAVED}
-        if not isinstance(state, dict) or not needed <= set(state):
-            raise ValueError("not written by train.py")
-        Config(**state["config"])
+        Config(**state["config"])                         # train.py's, or these raise
+        dict(**state["data"])
         return state
     except FileNotFoundError:
         raise Problem(f"no checkpoint {path}") from None
@@ -116,23 +109,18 @@ def load_checkpoint(path):
         return read_checkpoint(before)
 
 
-def differences(config, then):
-    """How a configuration differs from that of a run in what it trains -> ["field old -> new"].
-
-    Not where the data lie, nor the file of their classes: the images themselves are compared.
-    """
-    ours, theirs = ({**identity(c), "dataset": c.dataset, "class_list": ""}
-                    for c in (config, Config(**then)))
-    return [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
-            if ours[name] != theirs[name]]
-
-
 def check_same(config, data, state, folder):
-    """Refuse to resume a checkpoint of another configuration or of other images."""
-    changed = differences(config, state["config"])
-    then, now = state["config"]["epochs"], config.epochs
-    if now < state["epoch"] or (now != then and config.schedule == "one-cycle"):
-        changed.append(f"epochs {then!r} -> {now!r}")
+    """Refuse to resume a checkpoint of another configuration or of other images.
+
+    They may lie elsewhere, as may the list of their classes: the images themselves are compared.
+    """
+    before = Config(**state["config"])
+    ours, theirs = ({**identity(c), "dataset": c.dataset, "class_list": ""}
+                    for c in (config, before))
+    if config.epochs < state["epoch"] or config.schedule == "one-cycle":
+        ours["epochs"], theirs["epochs"] = config.epochs, before.epochs
+    changed = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
+               if ours[name] != theirs[name]]
     if changed:
         raise Problem(f"{folder} was trained otherwise ({'; '.join(changed)}); for another run "
                       "choose another --output-dir; for more epochs, with --schedule steps, "
@@ -146,12 +134,10 @@ def check_same(config, data, state, folder):
 
 
 def load_weights(net, state, path, keep=()):
-    """A checkpoint's weights into a network, whatever model wrapped theirs; but for those named."""
+    """A checkpoint's weights into a network, but for those to keep."""
     mine = net.state_dict()
     try:
-        theirs = {name.replace("_orig_mod.", "").removeprefix("module."): t
-                  for name, t in state["net"].items()}
-        net.load_state_dict({**theirs, **{name: mine[name] for name in keep}})
+        net.load_state_dict({**state["net"], **{name: mine[name] for name in keep}})
     except (RuntimeError, AttributeError, TypeError) as error:
         raise Problem(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
 
@@ -176,14 +162,10 @@ def write_log(run):
         write_file(run.folder / "log.jsonl", text.encode())
 
 
-def newest(finished=False, like=None):
-    """The run in runs/ that was saved last, an unfinished one unless finished ones will do.
-
-    like: a configuration that it must have
-    """
+def newest(finished=False):
+    """The run in runs/ that was saved last, an unfinished one unless finished ones will do."""
     for folder in sorted(RUNS.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True):
-        if begun(folder) and (finished or not (folder / "result.json").exists()) \
-                and not (like and differences(like, load_checkpoint(folder)["config"])):
+        if begun(folder) and (finished or not (folder / "result.json").exists()):
             say(f"newest run: {folder}")
             return str(folder)
     return None
@@ -196,3 +178,46 @@ def numbered_folder(config):
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Refuse a folder that another process works in; the kernel unlocks when that one dies.
+
+    Not on Windows, which has no fcntl.
+    """
+    import fcntl
+    if rank() > 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    except OSError as error:
+        raise Problem(f"--output-dir {folder}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Problem(f"{folder} is in use by another run") from None
+        yield
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
+    signals, first = [], []
+
+    def handler(number, frame):
+        if signals and time.time() - first[0] > 1:        # torchrun repeats what a terminal sent
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        first.append(time.time())
+        signals.append(number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from lab.config import Config, data_name
 from lab.digits import draw_digits
 from lab.folders import HELD_BYTES, Files, chosen, drawn_by, load_folder, load_h_imagenet
-from lab.runtime import Problem, count, rank_by_rank, reason
+from lab.runtime import Problem, count, rank, reason, world
 
 
 @dataclasses.dataclass
@@ -131,8 +132,12 @@ def load_data(config, device):
     fields = {**{name: getattr(config, name) for name in names},
               "augment": "none" if config.augment == "none" else "+",
               "seed": drawn_by(config, "train")}
-    with rank_by_rank():
-        return read_data(device, tuple(fields.items()))
+    request = device, tuple(fields.items())
+    if rank() == 0:
+        read_data(*request)
+    if world() > 1:
+        dist.barrier()
+    return read_data(*request)
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import math
-import os
 import platform
 import shlex
 import signal
@@ -19,41 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import encapnet
-from lab.checkpoint import (
-    average_totals,
-    begun,
-    check_finite,
-    check_same,
-    due,
-    load_checkpoint,
-    load_weights,
-    newest,
-    numbered_folder,
-    restore,
-    run_folder,
-    save,
-    write_log,
-)
+from lab import checkpoint
 from lab.config import PEERS, Config, config_key, tested_on
 from lab.data import Data, augmented, load_data, normalised, shuffle
 from lab.figures import draw_run
 from lab.measure import agreement, call, evaluate, first, sample, told_apart
-from lab.runtime import (
-    RUNS,
-    Problem,
-    agreed,
-    caught_signals,
-    count,
-    join_processes,
-    locked,
-    pick_device,
-    rank,
-    restarts,
-    say,
-    shared,
-    world,
-    write_file,
-)
+from lab.runtime import RUNS, Problem, count, rank, say, start, world, write_file
 
 # ------------------------------------------------------------------------------------------------
 # The network
@@ -93,21 +63,12 @@ def class_layer(config, classes, channels):
 
 def start_from(run, path):
     """The weights of --init RUN; where the classes are others, the class layer keeps its own."""
-    state = load_checkpoint(path)
+    state = checkpoint.load_checkpoint(path)
     same = state["data"]["classes"] == run.data.classes
     keep = () if same else class_layer(run.config, len(run.data.classes), run.data.channels)
-    load_weights(run.net, state, f"--init {path}", keep)
+    checkpoint.load_weights(run.net, state, f"--init {path}", keep)
     say(f"weights of {path}, after {count(state['epoch'], 'epoch')}"
         + ("" if same else "; its classes are others: the class layer starts anew"))
-
-
-def wrapped(net, config, device):
-    """What is called in training: net, distributed and compiled as asked."""
-    model = net
-    if world() > 1:
-        model = nn.parallel.DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None)
-    return torch.compile(model) if config.compile else model
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,23 +186,20 @@ def train_epoch(run):
             run.totals[1:] += values
             run.bad = run.bad.where(values[:2].isfinite(), run.bad.clamp(max=run.step))
             if run.step % config.print_freq == 0 or run.step == run.steps:
-                check_finite(run)
-                show(run, bar)
-            caught = agreed(run.signals[0] if run.signals else int(due(run)))
+                checkpoint.check_finite(run)
+                if not bar.disable:                       # a terminal has a bar, a file has not
+                    bar.set_postfix_str(f"loss {run.totals[1] / run.totals[0]:.4f}")
+            due = time.time() - run.saved >= config.save_every
+            vote = torch.tensor(run.signals[0] if run.signals else int(due))
+            if world() > 1:                               # one process's signal stops them all
+                dist.all_reduce(vote, dist.ReduceOp.MAX)
+            caught = int(vote)
             if caught:
-                save(run)
+                checkpoint.save(run)
             if caught > 1:
                 raise Problem(f"stopped by {signal.Signals(caught).name} in epoch {run.epoch + 1}, "
                               f"after step {run.step}; go on with: python train.py "
                               f"--resume {run.folder}", 128 + caught)
-
-
-def show(run, bar):
-    """The means so far, beside the bar, which a terminal has and a file has not."""
-    if not bar.disable:
-        n, loss, feedback, wrong, *_ = run.totals.tolist()
-        bar.set_postfix_str(f"loss {loss / n:.4f}, feedback {feedback / n:.4f}, "
-                            f"error {100 * wrong / n:.1f} %")
 
 
 def clock(seconds):
@@ -254,40 +212,18 @@ def clock(seconds):
 # ------------------------------------------------------------------------------------------------
 
 
-def start(config):
-    """Device and process group of a run -> device."""
-    device = pick_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        tf32 = not config.deterministic
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():         # torchrun started us
-        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if config.batch_size % world():
-        raise Problem(f"--batch-size {config.batch_size} does not divide among {world()} processes")
-    return device
-
-
 def environment(device):
     """What a result depends on besides its Config."""
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
                          capture_output=True, text=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{device.type.upper()}, {count(torch.get_num_threads(), 'thread')}"
+    file = Path(sys.argv[0])
+    program = ["-m", f"lab.{file.stem}"] if file.parent.name == "lab" else [file.name]
     return {"device": name, "processes": world(), "torch": str(torch.__version__),
             "python": platform.python_version(),
             "commit": git.stdout.strip() or None,
-            "command": shlex.join(["python", *program(), *sys.argv[1:]])}
-
-
-def program():
-    """train.py, or -m lab.ROOM."""
-    file = Path(sys.argv[0])
-    return ["-m", f"lab.{file.stem}"] if file.parent.name == "lab" else [file.name]
+            "command": shlex.join(["python", *program, *sys.argv[1:]])}
 
 
 def build_run(config, data, device):
@@ -297,38 +233,37 @@ def build_run(config, data, device):
     if config.channels_last and device.type == "cpu" and any(
             isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
             and m.in_channels < 8 for m in net.modules()):
-        say("--channels-last: off, torch 2.15 crashes in this network's narrow strided 1x1 "
+        say("--channels-last: off, torch crashes in this network's narrow strided 1x1 "
             "convolutions on a CPU")
         config = dataclasses.replace(config, channels_last=False)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     if world() > 1 and device.type == "cuda":             # on a CPU each process has its own
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    model = nn.parallel.DistributedDataParallel(net) if world() > 1 else net
+    model = torch.compile(model) if config.compile else model
     optimizer = make_optimizer(config, net.parameters(), device)
     double = torch.float32 if device.type == "mps" else torch.float64
     header = {"config": dataclasses.asdict(config), "environment": environment(device)}
-    return Run(config, data, device, net, wrapped(net, config, device), optimizer, header,
+    return Run(config, data, device, net, model, optimizer, header,
                totals=torch.zeros(6, dtype=double, device=device),
                bad=torch.full((2,), math.inf, device=device))
 
 
 def begin(run, state):
-    """Bring a run to its start, or to where its checkpoint left it."""
+    """Bring a run to its start, or to where its checkpoint left it, and introduce it."""
+    data, config = run.data, run.config
     if state:
-        restore(run, state)
+        checkpoint.restore(run, state)
         if rank() == 0:
             (run.folder / "result.json").unlink(missing_ok=True)         # of fewer epochs
         say(f"{run.folder}: going on after epoch {run.epoch}, step {run.step}")
     else:
-        if run.config.init:
-            start_from(run, run.config.init)
+        if config.init:
+            start_from(run, config.init)
         look_at_routing(run)
-    save(run, keep=False)                                 # over a damaged one, if that it was
-    write_log(run)
-
-
-def introduce(run):
-    data, config = run.data, run.config
+    checkpoint.save(run, keep=False)                      # over a damaged one, if that it was
+    checkpoint.write_log(run)
     weights = sum(p.numel() for p in run.net.parameters())
     say(f"{data.name}: {len(data.train):,} + {count(len(data.test), 'image')}, "
         f"{count(len(data.classes), 'class')}; {config.model}: {weights:,} parameters; "
@@ -347,7 +282,7 @@ def look_at_routing(run):
 
 def finish_epoch(run, since, images):
     """Test, log, print."""
-    average_totals(run)
+    checkpoint.average_totals(run)
     n, *sums = run.totals.tolist()
     loss, feedback, wrong, norm, clipped = (total / n for total in sums)
     test = evaluate(run)
@@ -368,9 +303,9 @@ def finish_epoch(run, since, images):
         f"{gradient}  error: train {100 * wrong:5.2f} %  {tested_on(run.config)} "
         f"{test['error']:5.2f} %  "
         f"{images:,.0f} images/s  {clock(left)} left")
-    if agreed(int(run.epoch == run.config.epochs or due(run))):
-        save(run)
-    write_log(run)
+    if run.epoch == run.config.epochs:
+        checkpoint.save(run)
+    checkpoint.write_log(run)
 
 
 def finish(run):
@@ -388,7 +323,7 @@ def finish(run):
         "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
         "parameters": sum(p.numel() for p in run.net.parameters()),
         "seconds": round(run.seconds, 1),
-        "folder": str(run.folder), "config": run.header["config"] | {"epochs": config.epochs},
+        "folder": str(run.folder), "config": run.header["config"],
         "environment": run.header["environment"],
         "curves": {k: [e[k] for e in run.history]
                    for k in ("loss", "feedback", "train_error", "test_error")},
@@ -415,17 +350,18 @@ def record(result):
 def fit(config):
     """Train as the Config says, from the start or where its folder stopped -> the result, plain.
 
-    The same output_dir goes on; so does the newest unfinished run where torchrun starts us again.
+    The same output_dir goes on, whoever asks: --resume, the same command again, a restart.
     """
     device = start(config)
-    folder = config.resume or config.output_dir or (restarts() and shared(newest(like=config)))
     data = load_data(config, device)
-    folder = run_folder(folder) if folder else \
-        shared(numbered_folder(config) if rank() == 0 else None)
-    with locked(folder), caught_signals() as signals:
-        state = load_checkpoint(folder) if config.resume or begun(folder) else None
+    folder = [config.output_dir or (checkpoint.numbered_folder(config) if rank() == 0 else "")]
+    if world() > 1:
+        dist.broadcast_object_list(folder)
+    folder = Path(folder[0])
+    with checkpoint.locked(folder), checkpoint.caught_signals() as signals:
+        state = checkpoint.load_checkpoint(folder) if checkpoint.begun(folder) else None
         if state:
-            check_same(config, data, state, folder)
+            checkpoint.check_same(config, data, state, folder)
             result = folder / "result.json"
             if state["epoch"] == config.epochs and result.exists():
                 say(f"{folder} is already finished")
@@ -433,7 +369,6 @@ def fit(config):
         run = build_run(config, data, device)
         run.folder, run.signals = folder, signals
         begin(run, state)
-        introduce(run)
         while run.epoch < config.epochs:
             since, before = time.time(), run.step
             train_epoch(run)

@@ -1,9 +1,6 @@
-"""What every room stands on: a Problem and how it is told, files, devices, processes, signals."""
-import contextlib
+"""What every room stands on: a Problem and how it is told, files, devices, processes."""
 import os
-import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -41,19 +38,17 @@ def guarded(program, function, arguments):
     try:
         function(arguments)
         return 0
-    except BrokenPipeError:                                              # piped into head
-        return 1
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        code, message = error.code if isinstance(error, Problem) else 1, str(error)
         if isinstance(error, KeyboardInterrupt):
-            code, message = 130, "interrupted"
+            error = Problem("interrupted", 130)
         elif not isinstance(error, Problem):
-            message = f"unexpected {type(error).__name__}: {reason(error)} (--debug shows where)"
-        if rank() == 0 or code == 1:
-            print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
-        return code
+            error = Problem(f"unexpected {type(error).__name__}: {reason(error)} (--debug shows "
+                            "where)", 1)
+        if rank() == 0 or error.code == 1:
+            print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return error.code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -80,8 +75,7 @@ def write_file(path, content, keep=None):
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise Problem(f"cannot write {path}: {error.strerror}; what was saved before is intact",
                       1) from error
 
@@ -99,33 +93,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextlib.contextmanager
-def rank_by_rank():
-    """Rank 0 does the block first, the others after it."""
-    if world() > 1 and rank() > 0:
-        dist.barrier()
-    yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
-
-
-def agreed(number):
-    """The largest number any process brings: one that is to stop stops all on the same step."""
-    if world() == 1:
-        return number
-    ballot = torch.tensor(number)
-    dist.all_reduce(ballot, dist.ReduceOp.MAX)
-    return int(ballot)
-
-
-def shared(value):
-    """Rank 0's value, on every process."""
-    box = [value]
-    if world() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def pick_device(name):
     try:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -138,56 +105,27 @@ def pick_device(name):
         raise Problem(f"--device {name}: {reason(error)}") from error
 
 
-def restarts():
-    """How often torchrun has started us again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 def join_processes(backend):
     """init_process_group, but a restart does not find the addresses of the processes before it."""
     from torch.distributed.rendezvous import rendezvous
     store, rank, world = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"start-{restarts()}", store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Refuse a folder that another process works in; the kernel unlocks when that one dies."""
-    if rank() > 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
-    except OSError as error:
-        raise Problem(f"--output-dir {folder}: {error.strerror}") from error
-    with file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                               # Windows: no lock
-            pass
-        except OSError:
-            raise Problem(f"{folder} is in use by another run") from None
-        yield
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
-    signals, first = [], []
-
-    def handler(number, frame):
-        if signals and time.time() - first[0] > 1:        # torchrun repeats what a terminal sent
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        first.append(time.time())
-        signals.append(number)
-
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+def start(config):
+    """Device and process group of a run -> device."""
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        tf32 = not config.deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():         # torchrun started us
+        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if config.batch_size % world():
+        raise Problem(f"--batch-size {config.batch_size} does not divide among {world()} processes")
+    return device

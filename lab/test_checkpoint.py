@@ -12,7 +12,6 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,8 +38,7 @@ from conftest import (
     state_of,
     two_processes,
 )
-from lab.checkpoint import due, load_checkpoint, newest
-from lab.config import Config, make_config
+from lab.checkpoint import load_checkpoint, newest
 from lab.runtime import Problem
 
 # ------------------------------------------------------------------------------------------------
@@ -120,12 +118,6 @@ def assert_same_run_but(a, b, *fields):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-@pytest.mark.parametrize("seconds, expected", [(0, True), (50, True), (70, False)])
-def test_a_checkpoint_is_due_after_so_many_seconds(seconds, expected):
-    a_minute_ago = SimpleNamespace(saved=time.time() - 60, config=make_config(save_every=seconds))
-    assert due(a_minute_ago) is expected
-
-
 def test_kill_9_at_each_moment_of_writing_a_checkpoint(reference, place):
     """Before each call of a save that the disk must see, some run dies, and the next goes on."""
     start = EXACT
@@ -150,6 +142,22 @@ def test_a_signal_ends_the_step_saves_and_exits(number, code, reference, place):
     assert run(place, "--resume").code == 2            # the newest in runs/: there is none
     assert run(place, "--resume run").code == 0
     assert_same_run_but(place / "run", reference, "save_every")
+
+
+def signal_twice(apart, optimizer):
+    send(signal.SIGTERM)
+    time.sleep(apart)
+    send(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("apart, code, saved", [(0, 143, (1, 2)), (1.1, -signal.SIGTERM, (0, 0))])
+def test_a_second_signal_stops_at_once_but_a_repeated_one_does_not(apart, code, saved, place):
+    """torchrun repeats what a terminal has sent to all; a user who sends another waits a moment."""
+    act = functools.partial(at_step, 6, functools.partial(signal_twice, apart))
+    rarely = EXACT.replace("--save-every 0", "--save-every 1000")
+    assert run(place, rarely, sabotage=[act]).code == code
+    state = state_of(place / "run")
+    assert (state["epoch"], state["step"]) == saved
 
 
 def cut(share):
@@ -279,7 +287,7 @@ def test_damage_found_at_a_resume_never_replaces_the_checkpoint_before(half, pla
         done = run(place, "--resume run", sabotage=[functools.partial(kill_in_write, k)])
         assert done.code == -signal.SIGKILL
         assert (half / "previous.pt").read_bytes() == good
-    assert load_checkpoint(half)["step"] == 0
+    assert load_checkpoint(half)["step"] == 4
 
 
 def moved(place):
@@ -325,26 +333,21 @@ def test_a_finished_run_does_not_answer_for_other_images(reference, place):
     assert (run_of_others / "result.json").exists()
 
 
-def test_the_newest_run_is_the_last_saved_that_fits(half, place, monkeypatch):
+def test_the_newest_run_is_the_last_saved(half, place, monkeypatch):
     """Also one killed between two renames, which has only the checkpoint before."""
     monkeypatch.chdir(place)
     runs = Path("runs")
-    for k, name in enumerate(("old", "new", "stranger")):
+    assert newest() is None
+    for name in ("older", "new", "old"):
         shutil.copytree(half, runs / name)
-        os.utime(runs / name, (1000 * k, 1000 * k))
+    (runs / "empty").mkdir()
     (runs / "new/last.pt").unlink()
-    os.utime(runs / "new", (1500, 1500))
-    state = torch.load(half / "last.pt", weights_only=True)
-    state["config"]["lr"] = 0.5
-    for name in ("last.pt", "previous.pt"):
-        torch.save(state, runs / "stranger" / name)
-    os.utime(runs / "stranger", (2000, 2000))
-    config = Config(**load_checkpoint(half)["config"])
-    assert newest() == "runs/stranger" and newest(like=config) == "runs/new"
+    for age, name in enumerate(("older", "old", "new", "empty")):
+        os.utime(runs / name, (age, age))
+    assert newest() == newest(finished=True) == "runs/new"
     (runs / "new/result.json").write_text("{}")
-    assert newest(like=config) == "runs/old"
-    os.utime(runs / "new", (1500, 1500))
-    assert newest(finished=True, like=config) == "runs/new"
+    os.utime(runs / "new", (2, 2))
+    assert newest() == "runs/old" and newest(finished=True) == "runs/new"
 
 
 def test_epochs_may_grow_with_the_run_as_if_planned(reference, place):

@@ -17,7 +17,7 @@ from PIL import Image
 
 import encapnet
 from conftest import HERE
-from lab import fit, measure, use
+from lab import checkpoint, fit, measure, use
 from lab.config import Config, config_key, make_config, merge
 from lab.data import Data, Split, enlarged, load_data
 from lab.digits import draw_digits
@@ -328,6 +328,27 @@ def test_an_epochs_line_and_log_are_the_means_of_its_steps(trial, monkeypatch, c
     assert any(values[2] != .5 for *_, values in steps)
 
 
+@pytest.mark.parametrize("seconds, steps", [(0, [0, 1, 2, 3, 4]), (20, [0, 2, 4]), (25, [0, 3]),
+                                            (1000, [0])])
+def test_a_checkpoint_is_saved_after_so_many_seconds(seconds, steps, trial, monkeypatch):
+    """A step takes ten seconds, an epoch has four; besides, at the start and the end of a run."""
+    trial(toy_data(train=16), Toy)
+    now, saved, true, save = [1e6], [], fit.train_step, checkpoint.save
+
+    def slow_step(*given):
+        now[0] += 10
+        return true(*given)
+
+    def noted(run, **keywords):
+        saved.append(4 * run.epoch + run.step)
+        save(run, **keywords)
+    monkeypatch.setattr(fit, "train_step", slow_step)
+    monkeypatch.setattr(checkpoint, "save", noted)
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    fit.fit(config_of(epochs=1, save_every=seconds, output_dir="run"))
+    assert saved == [*steps, 4]
+
+
 def test_every_process_has_as_many_images_of_a_batch(trial, monkeypatch):
     trial(toy_data(train=7), Toy)
     for processes, batch in ((1, 7), (2, 6), (3, 6), (4, 4)):
@@ -390,7 +411,7 @@ def test_the_random_state_goes_on_where_a_run_was_cut_off(trial, monkeypatch):
         patch.setattr(fit, "train_step", cut_off)
         fit.fit(dataclasses.replace(plan, output_dir="cut"))
     torch.manual_seed(99)
-    cut = fit.fit(dataclasses.replace(plan, output_dir="cut", resume="cut"))
+    cut = fit.fit(dataclasses.replace(plan, output_dir="cut"))
     assert cut["curves"] == whole["curves"]
     weights = [torch.load(f"{folder}/last.pt")["net"] for folder in ("whole", "cut")]
     for name in ("w", "a"):
@@ -732,7 +753,7 @@ def test_no_augmentation_touches_the_host(words, on_meta):
 
 def test_an_epoch_looks_at_values_only_where_it_checks_them(on_meta, monkeypatch):
     run, checked = on_meta("encapnet-small", augment="++"), []
-    monkeypatch.setattr(fit, "check_finite", lambda run: checked.append(run.step))
+    monkeypatch.setattr(checkpoint, "check_finite", lambda run: checked.append(run.step))
     run.saved = time.time()
     fit.train_epoch(run)
     assert checked == [run.step] == [2] and run.totals.device == run.bad.device == META
@@ -750,7 +771,7 @@ def test_a_checkpoint_goes_to_the_device_of_the_run(on_meta, trial):
     state = torch.load("run/last.pt")
     run = on_meta("cnn-same", clip=0., epochs=1, resume="run", lam=plan.lam)
     run.folder = Path("run")
-    fit.restore(run, state)
+    checkpoint.restore(run, state)
     found = [run.totals, *run.net.state_dict().values(),
              *(t for s in run.optimizer.state.values() for t in s.values() if t.dim())]
     assert len(found) > 20 and {t.device for t in found} == {META}
