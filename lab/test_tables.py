@@ -615,7 +615,7 @@ def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
     ("--table 3 --figure 4", "not allowed with"), ("--figure 4 --seeds 2", "--seeds"),
     ("--bench --seeds 2", "--seeds"), ("--list --seeds 2", "--seeds"),
     ("--table 3 --output-dir there", "--output-dir"),
-    ("--figure 4 --output-dir there", "--output-dir")])
+    ("--figure 4 --output-dir there", "--output-dir"), ("--table 3 --resume", "--resume")])
 def test_flags_without_effect_are_refused(words, told, cli):
     assert_one_line(cli(words), told)
 

@@ -73,7 +73,7 @@ def test_numbers_of_things(n, noun, text):
 @pytest.mark.parametrize("words, wanted", [
     ("--modle encapnet", "--modle"),
     ("--model encapnet7", "encapnet6"), ("--dataset cifar", "cifar10"),
-    ("--epochs -1", "--epochs"), ("--lr nan", "--lr"), ("--lr x", "'x'"),
+    ("--epochs -1", "--epochs"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr x", "'x'"),
     ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "1.5"), ("--clip -1", "--clip"),
     ("--set types", "KEY=VALUE"), ("--table 9", "--table"), ("--loss hinge", "spread-fixed"),
     ("--device tpu9", "--device"), ("--set tipes=2 --train-images 9", "types"),
