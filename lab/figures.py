@@ -1,4 +1,5 @@
 """Drawing: a canvas, names in any script, a file, the picture of a run, Figures 2 and 4."""
+import bisect
 import functools
 import io
 import math
@@ -43,11 +44,15 @@ def legible(name, width=math.inf, size=10):
     font = FontProperties(family=families, size=size)
     parts = [c if ord(c) in known else c.encode("unicode_escape").decode() for c in name]
     parts = [r"\$" if part == "$" else part for part in parts]           # $ begins a formula
-    text = "".join(parts)
-    while parts and TextPath((0, 0), text, prop=font).get_extents().width > width:
-        parts.pop()
-        text = "".join(parts) + "…"
-    return text
+
+    def shortened(n):
+        return "".join(parts[:n]) + "…" * (n < len(parts))
+
+    def measured(n):
+        return TextPath((0, 0), shortened(n), prop=font).get_extents().width
+    if not parts or measured(len(parts)) <= width:
+        return shortened(len(parts))
+    return shortened(bisect.bisect(range(1, len(parts)), width, key=measured))
 
 
 def save_figure(figure, path):
