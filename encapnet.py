@@ -152,14 +152,14 @@ def em_activation(log_mass, var, beta_v, beta_a, r):
     return F.logsigmoid((1 + r) * (beta_a - standardise(cost)))
 
 
-def em_assignment(log_p, log_v, normalise):
+def em_assignment(log_p, log_aj, normalise):
     """E-step: log R_ij, the share of vote i that higher capsule j explains.   [Eq. (3)]
 
-    log_p: (..., j), log density of a vote under each cluster;  log_v: log activations -> (..., j)
+    log_p: (..., j), log density of a vote under each cluster;  log_aj: log activations -> (..., j)
     """
     if normalise == "both":
         log_p = standardise(log_p)                                       # a sum over d is sharp
-    return (log_v + log_p).log_softmax(-1)
+    return (log_aj + log_p).log_softmax(-1)
 
 
 @full_precision
@@ -171,7 +171,8 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
        with return_coefficients also R (B, i, j), the assignment that the last M-step used
     normalise: what is standardised over j, "both" cost and log densities or "cost" alone, which
-        hardly learns.  R starts equal over j, the inverse temperature is 1 + r
+        hardly learns
+    R starts equal over j; the inverse temperature of iteration r is 1 + r.
     """
     B, n_in, n_out, _ = votes.shape
     check_shape("activation", activation, "B i", B=B, i=n_in)
@@ -187,11 +188,11 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
         mu = torch.einsum("bij,bijd->bjd", w, votes)                     # M-step, Eq. (2)
         square = (votes - mu[:, None]).square()                          # (B, i, j, d)
         var = torch.einsum("bij,bijd->bjd", w, square) + 1e-8
-        log_v = em_activation(log_w.logsumexp(1), var, beta_v, beta_a, r)
+        log_aj = em_activation(log_w.logsumexp(1), var, beta_v, beta_a, r)
         if r < iterations - 1:
             log_p = -(square / var[:, None] + (2 * math.pi * var).log()[:, None]).sum(-1) / 2
-            log_R = em_assignment(log_p, log_v[:, None], normalise)      # E-step
-    return (mu, log_v.exp(), log_R.exp()) if return_coefficients else (mu, log_v.exp())
+            log_R = em_assignment(log_p, log_aj[:, None], normalise)     # E-step
+    return (mu, log_aj.exp(), log_R.exp()) if return_coefficients else (mu, log_aj.exp())
 
 
 # ---- Losses on class-capsule lengths (B, K) and targets: a scalar, mean over the batch ----------
@@ -235,8 +236,8 @@ def spread_loss(lengths, target, margin):
 
 
 def needs_votes():
-    """While exporting, as a loop over blocks would fix the batch; under torch.func, as checkpoint
-    does not work there."""
+    """Whether routing must go through explicit votes: while exporting, as a loop over blocks would
+    fix the batch; under torch.func, as checkpoint does not work there."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)     # torch 2.6
     return exporting() or torch._C._are_functorch_transforms_active()
 
@@ -248,7 +249,7 @@ class RoutedCapsules(nn.Module):
     routing: "dynamic" (softmax over "in" or "out" capsules) or "em";  bias: votes are W u + bias
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
         the last two are one number a pair (i, j), for inputs of P = `positions`
-    normalise: of EM, as em_routing
+    normalise: of EM, as em_routing;  factored: False routes explicit votes, the same and slower
     gain: on the initial scale, 0.3 sqrt(types / in_dim), which makes v a few tenths long at Table
         1's size, neither lost nor saturated by squash (reading 8; the paper says "Gaussian").
         gain=1 suits inputs that are alike at all P positions; where each position has a pose of its
@@ -346,7 +347,7 @@ class ComplementConv(nn.Module):
         #     c 0 d   0, a b c 0, d e f 0:
         #     e f 0   one zero, then another after every G blocks.
         full = torch.cat([zero[0], torch.cat([blocks, zero], 1).flatten(0, 1)]).unflatten(0, (G, G))
-        return full.transpose(1, 2).flatten(2, 3).flatten(0, 1)          # (j, i, out, in, k, k)
+        return full.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def forward(self, u):
         return F.conv2d(u, self.dense(), stride=self.stride, padding=self.padding)
@@ -355,8 +356,9 @@ class ComplementConv(nn.Module):
 class CapConv(nn.Module):
     """Approximate routing: s = m1 v1 + m2 v2, BatchNorm, ReLU, squash.   [Eq. (6), Fig. 1c]
 
-    Deviation 2: k2 is not printed; 3x3 without the own type fits Table 1's (f) - (e).  The released
-    code has k2 = k1 + 4 (aide_kernel), the own type too, and squash_branches.
+    Deviation 2: k2 is not printed; 3x3 without the own type fits the parameters of Table 1's (f)
+    less (e).  The released code has k2 = k1 + 4 (aide_kernel), the own type too, and
+    squash_branches.
     Deviation 6: type I's skip is grouped by type, so that no type meets another outside the aide;
     both skips join before BatchNorm.  Coefficients have a bias that starts at 1: s = v1 + v2 + a
     correction.
@@ -522,7 +524,8 @@ def sinkhorn_cost(Q, eps=0.1, iterations=10, q_max=None, plan_grad=False, **weig
     """W_Q = <Q, P>, P by Sinkhorn.   [Eq. (8)]
 
     P is a constant unless plan_grad: slightly better in the paper (Table 3 (d2): 4.58, with the
-    gradient 4.77), and at the optimum dW/dQ is P; it saves the backward pass of L iterations.
+    gradient 4.77), and it saves the backward pass of L iterations.  At the optimum P is the
+    gradient of <Q, P> less eps times the entropy: what is left out vanishes with eps.
     Q: (..., n, m) -> (...)
     """
     constant = Q if plan_grad else Q.detach()
@@ -577,7 +580,7 @@ def gather(x):
     """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable.
 
     Every rank computes the same divergence of them, so the gradient of a sample summed over ranks
-    is its own rank's times their number.
+    is its own rank's times their number, which DistributedDataParallel's mean divides out.
     """
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
@@ -1048,20 +1051,20 @@ def dynamic_without_votes(u, W, iterations=3, softmax="in", b0=None):
 
 
 def pairs(x, dim, double):
-    """Products x_a x_b, a <= b, along an axis, those with a < b times `double`."""
+    """Products x_a x_b, a <= b, along an axis dim < 0, those with a < b times `double`."""
     n = x.shape[dim]
     a, b = torch.triu_indices(n, n, device=x.device)
     scale = torch.where(a < b, double, 1).to(x).view(-1, *[1] * (-1 - dim))
     return x.index_select(dim, a) * x.index_select(dim, b) * scale
 
 
-def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None, normalise="both"):
+def em_moments(phi, log_a, centre, W, mu=None, var=None, log_aj=None, normalise="both"):
     """E-step, then the moments of the new assignment, over the votes of some types.
 
     With u = centre + x, a vote is mu + delta + W x, delta = W centre - mu; phi are the monomials
     of x up to degree 2.  Around the centre of each type and sample float32 loses little.
     phi: (B, g, f, P), the monomials x_a x_b, x_a, 1;  log_a: (B, g, P, 1);  centre: (B, g, e)
-    W: (j, e, g, d);  mu, var (B, j, d), log_v (B, j) of the last M-step, or None: R is uniform
+    W: (j, e, g, d);  mu, var (B, j, d), log_aj (B, j) of the last M-step, or None: R is uniform
     -> over these types log sum R a (B, j), mean (B, j, d), variance (B, j, d)
     """
     n_out, e = W.shape[:2]
@@ -1076,7 +1079,7 @@ def em_moments(phi, log_a, centre, W, mu=None, var=None, log_v=None, normalise="
             torch.einsum("jegd,bgjd->bgej", W, 2 * delta * precision[:, None]),
             (delta.square() * precision[:, None]).sum(-1)[:, :, None]], 2)
         log_p = -(2 * math.pi * var).log().sum(-1)[:, None, None] / 2 - distance
-        log_w = em_assignment(log_p, log_v[:, None, None], normalise) + log_a
+        log_w = em_assignment(log_p, log_aj[:, None, None], normalise) + log_a
     top = log_w.detach().amax((1, 2), keepdim=True)
     w = (log_w - top).exp()
     T = (phi @ w).expand(-1, -1, -1, n_out)                                  # (B, g, f, j), of x
@@ -1124,6 +1127,6 @@ def em_without_votes(u, W, activation, beta_v, beta_a, iterations=3, normalise="
     for r in range(iterations):
         parts = [checkpoint(em_moments, *block, *state, normalise=normalise) for block in blocks]
         log_mass, mu, var = checkpoint(em_merge, parts)
-        log_v = em_activation(log_mass, var, beta_v, beta_a, r)
-        state = mu, var, log_v
-    return mu, log_v.exp()
+        log_aj = em_activation(log_mass, var, beta_v, beta_a, r)
+        state = mu, var, log_aj
+    return mu, log_aj.exp()
