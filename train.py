@@ -7,7 +7,7 @@
     python train.py --resume RUN --test-only               or --predict IMAGE...
     python train.py --init RUN --data-path DIR ...         start from a trained network's weights
     python train.py --table 3 --seeds 3 --recipe fast      a table of the paper, of three seeds
-    python train.py --figure 4 --recipe fast               a figure, of what its table has run
+    python train.py --figure 4 --recipe fast               a figure: runs what its table lacks
     python train.py --bench --model capnet-em --batch-size 4
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
@@ -62,7 +62,8 @@ def make_parser():
     commands.add_argument("--seeds", type=number(1), metavar="K",
                           help="with --table: runs of each row (default: 1)")
     one.add_argument("--figure", choices=FIGURES,
-                     help="draw a figure of the paper, or a study, from what tables have run")
+                     help="draw a figure of the paper, after running what its table lacks; or "
+                          "what a study has run")
     one.add_argument("--report", action="store_true", help="render README's tables from results/")
     commands.add_argument("--check", action="store_true",
                           help="with --report: only compare, exit 1 if it differs")

@@ -14,10 +14,10 @@ import math
 import os
 import statistics
 import sys
+import time
 from functools import partial
 
 import torch
-from torch.utils.benchmark import timer
 
 import encapnet
 from encapnet import RoutedCapsules, squash
@@ -34,17 +34,26 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own lines o
 # ------------------------------------------------------------------------------------------------
 
 
+def now():
+    """Seconds, once a GPU has done its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def once(step):
-    """Seconds of a call, until the device has done its work."""
-    begun = timer()
+    begun = now()
     step()
-    return timer() - begun
+    return now() - begun
 
 
 def timed(*steps, budget=10.0):
-    """Median seconds of each step, called in turn so that noise meets all alike; after a first."""
+    """Median seconds of each step, called in turn so that noise meets all alike; after a first.
+
+    budget: seconds a step
+    """
     rounds = []
-    while len(rounds) < 2 or sum(map(sum, rounds[1:])) < budget:
+    while len(rounds) < 2 or sum(map(sum, rounds[1:])) < budget * len(steps):
         rounds.append([once(step) for step in steps])
     return list(map(statistics.median, zip(*rounds[1:], strict=True)))
 
@@ -115,7 +124,7 @@ COST = ("model", "set", "image_size", "amp", "compile", "channels_last")     # a
 
 def costs_of(config, lines):
     """Those of bench_step's lines that have these settings, with any batch and device."""
-    return [line for line in lines if all(line[name] == getattr(config, name) for name in COST)]
+    return [line for line in lines if all(line.get(name) == getattr(config, name) for name in COST)]
 
 
 def bench_step(config, seconds=3.0):
@@ -129,13 +138,13 @@ def bench_step(config, seconds=3.0):
         return step, net
 
     def tick(part):
-        now = timer()                                     # when the device has done its work
+        moment = now()
         if part:
-            parts.setdefault(f"{part}_seconds", []).append(now - last[0])
-        last[0] = now
+            parts.setdefault(f"{part}_seconds", []).append(moment - last[0])
+        last[0] = moment
 
     (step, net), memory = peak_memory(begin, device)
-    whole, _ = timed(step, lambda: (tick(None), step(tick=tick)), budget=2 * seconds)
+    whole, _ = timed(step, lambda: (tick(None), step(tick=tick)), budget=seconds)
     line = {**{name: getattr(config, name) for name in COST}, "batch": config.batch_size,
             "parameters": sum(p.numel() for p in net.parameters()), "train_step_seconds": whole,
             "images_per_second": config.batch_size / whole, "memory_MB": memory / 1e6,

@@ -59,11 +59,12 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, kind=int):
     """Argument type: a finite number from low on."""
-    def number(text):
+    def parse(text):
         if not low <= kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text!r}: must be at least {low}, and finite")
         return kind(text)
-    return number
+    parse.__name__ = "whole number" if kind is int else "number"         # argparse tells it
+    return parse
 
 
 def assignment(text):

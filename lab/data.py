@@ -109,6 +109,8 @@ def load_torchvision(config, held):
             part = getattr(torchvision.datasets, name)(config.data_path, download=True, **which)
             images = torch.as_tensor(part.data)
             labels = torch.as_tensor(part.labels if name == "SVHN" else part.targets).long()
+            if len(images) != len(labels) or not len(images):
+                raise ValueError(f"{len(images)} images, {len(labels)} labels")
         except Exception as error:                        # torchvision raises all kinds
             raise Problem(
                 f"{config.dataset}: no intact {split} files under {config.data_path}, and no "

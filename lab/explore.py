@@ -339,15 +339,14 @@ def draw_robustness(groups, path):
 
 def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
     """Error of every run under changes and attacks; the first one's robustness.png shows all."""
-    groups, first = {}, identity(runs[0].config)
-    for run in runs:
-        errors, training = measure(run, images, steps, restarts, eps), identity(run.config)
+    groups, trainings = {}, [{**identity(run.config), "epochs": run.config.epochs} for run in runs]
+    for run, training in zip(runs, trainings, strict=True):
+        errors = measure(run, images, steps, restarts, eps)
         record({"robustness": name_of(run), "folder": str(run.folder), "seed": run.config.seed,
-                "training": {**training, "epochs": run.config.epochs},
-                "images": min(images, len(run.data.test)), "errors": errors,
+                "training": training, "images": min(images, len(run.data.test)), "errors": errors,
                 "environment": environment(run.device)})               # its command has the flags
         unlike = [f"{name}={value}" for name, value in training.items()
-                  if value != first[name] and name not in ("model", "set", "seed")]
+                  if value != trainings[0][name] and name not in ("model", "set", "seed")]
         label = " ".join([name_of(run), *unlike])
         groups.setdefault(label, []).append(errors)
         say(f"{run.folder}: {label}, strength: error in %")

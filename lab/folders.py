@@ -41,7 +41,11 @@ def decode(file, side, box=None):
         clear = "transparency" in image.info              # a palette with a transparent colour
         image = ImageOps.exif_transpose(image).convert("RGBA" if clear else "RGB")
         image = image.convert("RGB").crop(box) if box else image.convert("RGB")
-    return pil_to_tensor(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR))
+    scale = side / min(image.size)
+    width, height = (max(side, round(s * scale)) for s in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - side) // 2, (height - side) // 2                # whole pixels
+    return pil_to_tensor(image.crop((left, top, left + side, top + side)))
 
 
 class Files(torch.utils.data.Dataset):

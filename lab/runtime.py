@@ -1,4 +1,5 @@
 """What every room stands on: a Problem and how it is told, files, devices, processes."""
+import contextlib
 import os
 import sys
 import traceback
@@ -38,6 +39,8 @@ def guarded(program, function, arguments):
     try:
         function(arguments)
         return 0
+    except BrokenPipeError:                               # piped into head
+        return 1
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -75,7 +78,8 @@ def write_file(path, content, keep=None):
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                # on a full or failing disk
+            temporary.unlink(missing_ok=True)
         raise Problem(f"cannot write {path}: {error.strerror}; what was saved before is intact",
                       1) from error
 

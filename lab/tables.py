@@ -110,8 +110,9 @@ def attempt(name, function, *arguments):
     except (Problem, RuntimeError, MemoryError) as failure:              # out of memory, mostly
         if getattr(failure, "code", 1) > 128:
             raise
-        say(f"failed: {name}: {reason(failure)}")
-        return [f"{name}: {reason(failure)}"]
+        told = str(failure) if isinstance(failure, Problem) else reason(failure)
+        say(f"failed: {name}: {told}")
+        return [f"{name}: {told}"]
 
 
 def obtain(config, runs):
@@ -189,6 +190,8 @@ def show_figure(name, given):
                 errors = {line["seed"]: line["error"] for line in lines}
                 rows.setdefault(row, {})[column] = errors
         parts.append((f"{data_name(config)} at {config.image_size}x{config.image_size}", rows))
+    if rank() > 0:
+        return None
     if name in ("few", "routing"):
         return {"few": draw_few, "routing": draw_routing}[name](parts, target)
     title = f"{part.title}, {parts[0][0]}"
@@ -386,5 +389,6 @@ def report(check, parse):
         if check and after != before:
             raise Problem(f"{page} does not agree with {PUBLISHED}/: run python train.py --report",
                           1)
-        page.write_text(after)
+        if after != before:
+            page.write_text(after)
         say(f"{page}: up to date")
