@@ -279,6 +279,14 @@ def test_the_same_output_dir_goes_on(half, reference, place):
     assert {p: p.read_bytes() for p in half.iterdir()} == before
 
 
+def test_a_run_that_was_moved_goes_on_where_it_lies(half, reference, place):
+    half.rename(place / "moved")
+    assert run(place, "--resume moved/last.pt").code == 0
+    assert_same_run(place / "moved", reference)
+    assert not half.exists() and [file.name for file in (place / "runs").iterdir()] == [
+        "results.jsonl"]
+
+
 def test_damage_found_at_a_resume_never_replaces_the_checkpoint_before(half, place):
     """Killed before the first save of its own, a run that fell back can fall back again."""
     (half / "last.pt").write_bytes(cut(.5)((half / "last.pt").read_bytes()))
