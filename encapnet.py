@@ -347,6 +347,7 @@ class ComplementConv(nn.Module):
         #     c 0 d   0, a b c 0, d e f 0:
         #     e f 0   one zero, then another after every G blocks.
         full = torch.cat([zero[0], torch.cat([blocks, zero], 1).flatten(0, 1)]).unflatten(0, (G, G))
+        # (j, i, out, in, k, k) to (j*out, i*in, k, k)
         return full.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def forward(self, u):

@@ -162,6 +162,8 @@ def check_commands(commands, given):
         told = ", ".join(sorted("--" + name.replace("_", "-") for name in idle))
         raise Problem(f"{told}: --table and --figure choose models and folders by themselves")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
+    if "table" in commands and not rows and {"row", "seeds"} & set(commands):
+        raise Problem("--table 2 is of networks, without a run: no --row, no --seeds")
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
             raise Problem(f"--row {word!r}: no such row; choose from {', '.join(rows)}")

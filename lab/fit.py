@@ -350,10 +350,11 @@ def record(result):
 def fit(config):
     """Train as the Config says, from the start or where its folder stopped -> the result, plain.
 
-    The same output_dir goes on, whoever asks: --resume, the same command again, a restart.
+    The same output_dir goes on, whoever asks: --resume, the same command, torchrun's restart.
     """
     device = start(config)
     data = load_data(config, device)
+    run = build_run(config, data, device)                 # or no folder is made
     folder = [config.output_dir or (checkpoint.numbered_folder(config) if rank() == 0 else "")]
     if world() > 1:
         dist.broadcast_object_list(folder)
@@ -366,7 +367,6 @@ def fit(config):
             if state["epoch"] == config.epochs and result.exists():
                 say(f"{folder} is already finished")
                 return json.loads(result.read_text())
-        run = build_run(config, data, device)
         run.folder, run.signals = folder, signals
         begin(run, state)
         while run.epoch < config.epochs:

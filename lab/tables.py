@@ -253,7 +253,8 @@ def render_part(table, part, given, runs):
             hows += [how] if how else []
             theirs = f"{value:.2f}" if isinstance(value, float) else value or "–"
             cells += [ours] if part.study else [theirs, ours, difference]
-        each = [" / ".join(dict.fromkeys(words)) for words in zip(*hows, strict=True)]
+        each = [" / ".join(words if len(set(words)) > 1 else words[:1])      # one a column
+                for words in zip(*hows, strict=True)]
         how = ("; " if part.study else ", ").join(each) or "–"
         rows.append([*cells, "quoted" if changes is None else how])
     title = f"**{table}: {part.title}.** {caption(part, configs, given)}."

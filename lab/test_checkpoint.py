@@ -39,7 +39,7 @@ from conftest import (
     two_processes,
 )
 from lab.checkpoint import load_checkpoint, newest
-from lab.runtime import Problem
+from lab.runtime import Problem, write_file
 
 # ------------------------------------------------------------------------------------------------
 # A run is never lost: resume is exact
@@ -210,6 +210,17 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(half, place):
     shutil.copy(half / "evil.pt", half / "last.pt")       # a folder falls back, or refuses
     assert "last.pt is refused" in run(place, "--resume run --test-only").out
     assert not (place / "executed").exists()
+
+
+def test_a_disk_that_fails_altogether_is_one_problem(tmp_path, monkeypatch):
+    def fail(*given, **keywords):
+        raise OSError(30, "Read-only file system")
+    (tmp_path / "file").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(Problem, match="cannot write .*Read-only"):
+        write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(reference, place):

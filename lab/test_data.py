@@ -384,6 +384,21 @@ def test_the_short_side_is_resized_and_the_middle_is_cut_out(width, height, tmp_
     assert (red - expected).abs().max() < 2.5 and (image[0] + image[1] - 255).abs().max() <= 2
 
 
+def test_whole_pixels_are_cut_off(tmp_path):
+    """Where one is left over the image is not resampled half a pixel off."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 35, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "odd.png")
+    found = decode(tmp_path / "odd.png", 32)
+    assert torch.equal(found, torch.tensor(pixels[:, 1:33]).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("on_disk", ["mnist"], indirect=True)
+def test_labels_of_another_split_are_one_line(on_disk, cli):
+    raw = Path("own/MNIST/raw")
+    (raw / "t10k-labels-idx1-ubyte").write_bytes((raw / "train-labels-idx1-ubyte").read_bytes())
+    assert_one_line(cli("--dataset mnist --data-path own --epochs 0", NARROW), "mnist", "test")
+
+
 def test_a_damaged_data_set_is_one_line(on_disk, cli):
     name, _ = on_disk
     files = [f for f in sorted(Path("own").rglob("*")) if f.is_file() and "meta" not in f.name]

@@ -337,9 +337,12 @@ def test_runs_of_other_settings_are_not_seeds_of_one(runs, monkeypatch, tmp_path
     monkeypatch.setattr(explore, "measure", lambda *given: {"clean": {"0": 1.0}})
     monkeypatch.setattr(explore, "draw_robustness", lambda groups, path: drawn.append(groups))
     first, second = (explore.load(runs[name]) for name in ("encapnet", "again"))
-    explore.robustness([first, second, replace(second, config=replace(second.config, lam=5.0))])
+    others = [replace(second, config=replace(second.config, **change))
+              for change in (dict(lam=5.0), dict(epochs=9))]
+    explore.robustness([first, second, *others])
+    name = explore.name_of(first)
     assert {label: len(seeds) for label, seeds in drawn[0].items()} == {
-        explore.name_of(first): 2, f"{explore.name_of(first)} lam=5.0": 1}
+        name: 2, f"{name} lam=5.0": 1, f"{name} epochs=9": 1}
 
 
 def test_a_network_that_is_always_wrong_is_wrong_under_attack(runs):

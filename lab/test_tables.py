@@ -297,11 +297,11 @@ def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch)
 def test_failing_rows_are_reported_and_the_others_go_on(cli, faked):
     def fail(config):
         if config.model == "resnet18":
-            raise Problem("width must be a number")
+            raise Problem(f"width must be a number {'x' * 200} the way out")
         return {}
     faked(fail)
     done = cli("--table 3 --row '(b) KL'")
-    assert_one_line(done, "1 run failed", "ResNet", "width", code=1)
+    assert_one_line(done, "1 run failed", "ResNet", "width", "the way out", code=1)
     cells = numbers(done.out, "(b) KL loss")
     assert cells[1] == "10.00" and "1 seed" in cells[-1] and cells[4] == "–"
 
@@ -474,6 +474,13 @@ def test_figure_4_runs_what_table_3_lacks_and_the_table_needs_it_no_more(cli, fa
     assert len(asked) == 4
 
 
+@pytest.mark.parametrize("rank, drawn", [(0, True), (1, False)])
+def test_one_process_of_several_draws_a_figure(rank, drawn, cli, faked, monkeypatch):
+    monkeypatch.setenv("RANK", str(rank))
+    faked(lambda config: {"curves": {"loss": [2.0, 1.0]}})
+    assert cli("--figure 4").code == 0 and Path("runs/figure-4.png").exists() == drawn
+
+
 def test_a_figure_without_results_says_so(cli):
     published(*(result(config, error=None, outcome="NaN at step 1")
                 for row, _, config in cells_of(TABLES["3"][1]) if row[:3] in ("(a)", "(c)")))
@@ -615,7 +622,8 @@ def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
     ("--table 3 --figure 4", "not allowed with"), ("--figure 4 --seeds 2", "--seeds"),
     ("--bench --seeds 2", "--seeds"), ("--list --seeds 2", "--seeds"),
     ("--table 3 --output-dir there", "--output-dir"),
-    ("--figure 4 --output-dir there", "--output-dir"), ("--table 3 --resume", "--resume")])
+    ("--figure 4 --output-dir there", "--output-dir"), ("--table 3 --resume", "--resume"),
+    ("--table 2 --row x", "no --row"), ("--table 2 --seeds 3", "no --seeds")])
 def test_flags_without_effect_are_refused(words, told, cli):
     assert_one_line(cli(words), told)
 
@@ -636,7 +644,10 @@ def test_report_renders_and_checks(cli):
     Path("README.md").write_text(f"before\n<!-- table {words} -->\nstale\n<!-- end -->\nafter\n"
                                  "<!-- runs -->\n<!-- end -->\n<!-- speed -->\n<!-- end -->\n")
     assert_one_line(cli("--report --check"), "does not agree", code=1)
-    assert cli("--report").code == 0 and cli("--report --check").code == 0
+    assert "stale" in Path("README.md").read_text()
+    assert cli("--report").code == 0
+    written = Path("README.md").stat().st_mtime_ns
+    assert cli("--report --check").code == 0 and Path("README.md").stat().st_mtime_ns == written
     text = Path("README.md").read_text()
     assert text.startswith("before") and "after" in text and "stale" not in text
     assert numbers(text, "4") == ["14.25", "10.00", "–", "1 seed, 3 epochs, H100"]

@@ -74,7 +74,8 @@ def test_numbers_of_things(n, noun, text):
     ("--modle encapnet", "--modle"),
     ("--model encapnet7", "encapnet6"), ("--dataset cifar", "cifar10"),
     ("--epochs -1", "--epochs"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr x", "'x'"),
-    ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "1.5"), ("--clip -1", "--clip"),
+    ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "whole number"),
+    ("--clip -1", "--clip"), ("--clip x", "invalid number"),
     ("--set types", "KEY=VALUE"), ("--table 9", "--table"), ("--loss hinge", "spread-fixed"),
     ("--device tpu9", "--device"), ("--set tipes=2 --train-images 9", "types"),
     ("--set types=0 --train-images 9", "types"), ("--model resnet18 --loss margin", "logits"),
@@ -84,7 +85,9 @@ def test_numbers_of_things(n, noun, text):
     ("--report", "README.md"), ("extra", "extra"), ("--milestones 0", "--milestones"),
 ])
 def test_a_mistake_is_one_line(words, wanted, cli):
+    """And makes no folder."""
     assert_one_line(cli(words), wanted)
+    assert not list(Path("runs").glob("digits-*"))
 
 
 def test_only_problems_choose_the_exit_code(capsys):
@@ -92,6 +95,9 @@ def test_only_problems_choose_the_exit_code(capsys):
         raise urllib.error.HTTPError("http://x", 404, "gone", {}, None)
     assert guarded("x.py", fail, []) == 1
     assert "unexpected HTTPError" in capsys.readouterr().err
+    def piped_into_head(words):
+        raise BrokenPipeError(32, "Broken pipe")
+    assert guarded("x.py", piped_into_head, []) == 1 and not capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(cli):
