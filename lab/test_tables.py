@@ -391,9 +391,10 @@ def moment(routing, epoch):
 
 
 def test_figure_2_draws_every_routing_and_moment_where_it_says(cli, drawn):
-    published(*(result(config, moments=[
-        moment(config.model.removeprefix("capnet-"), epoch) for epoch in (0, 60, 240, 600)])
-        for row, column, config in cells_of(TABLES["1"][0]) if column == "CIFAR-10"))
+    published(*(result(config, seed, moments=[
+        moment(config.model.removeprefix("capnet-"), epoch + seed) for epoch in (0, 60, 240, 600)])
+        for row, column, config in cells_of(TABLES["1"][0]) if column == "CIFAR-10"
+        for seed in (1, 0)))                                           # the first one is drawn
     done = cli("--figure 2")
     assert done.code == 0 and Path("runs/figure-2.png").exists(), done
     axes = drawn[0].axes
@@ -584,15 +585,16 @@ def test_a_row_that_is_quoted_alone_is_printed_alone(cli):
     assert numbers(text, "ELU") == ["6.55", "–", "–", "24.28", "–", "–", "–", "–", "–", "quoted"]
 
 
-def test_a_row_of_a_study_tells_each_way_that_it_was_run_once(cli):
+def test_a_row_of_a_study_tells_how_each_column_was_run_or_once_what_all_share(cli):
     """And a dash for what has not been."""
     cells = {column: config for (row, column), config in part_cells(TABLES["few"][0], {}).items()
              if row == "shifts (+)"}
-    published(result(cells["200"], 0), result(cells["200"], 1), result(cells["500"], 0))
+    published(*(result(cells[column], seed) for column, seed in (
+        ("200", 0), ("200", 1), ("500", 0), ("1000", 0), ("1000", 1))))
     text, = reported(cli, "table few/1")
     *shown, how = numbers(text, "shifts (+)")
-    assert shown == ["10.00 ± 0.00", "10.00", "–", "–", "–"]
-    assert how == "2 seeds / 1 seed; 60 epochs / 30 epochs; H100"
+    assert shown == ["10.00 ± 0.00", "10.00", "10.00 ± 0.00", "–", "–"]
+    assert how == "2 seeds / 1 seed / 2 seeds; 60 epochs / 30 epochs / 20 epochs; H100"
 
 
 def test_costs_are_of_the_same_settings_and_device(cli):
