@@ -115,10 +115,11 @@ def test_every_peer_of_the_divergence_is_called(at_once, monkeypatch):
 
 @pytest.fixture
 def at_once(monkeypatch, tmp_path):
-    """One call a measurement, in this process, into an empty folder."""
+    """One call a measurement, into an empty folder; the k-th step takes 100 k seconds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", lambda net: net)
-    monkeypatch.setattr(bench, "timed", lambda *steps, **_: [(step(), 100.0)[1] for step in steps])
+    monkeypatch.setattr(bench, "timed", lambda *steps, **_: [
+        (step(), 100.0 * k)[1] for k, step in enumerate(steps, 1)])
 
 
 def results():
@@ -129,12 +130,13 @@ def speed_lines():
     return [line["speed"] for line in results()]
 
 
-def test_routing_in_miniature(at_once):
+def test_routing_in_miniature(at_once, capsys):
     """Every batch of every form beside its peer's, where there is one."""
     bench.bench_routing(CPU, [("layer", "em", TINY, "votes", {1: True, 4: False})])
     first, last = speed_lines()
     assert [line["what"] for line in (first, last)] == ["layer, batch 1", "layer, batch 4"]
-    assert first["instead"] == "votes" and first["seconds"] == first["ours_seconds"] == 100
+    assert [first[name] for name in ("instead", "ours_seconds", "seconds")] == ["votes", 100, 200]
+    assert "100,000.0 ms; votes: 200,000.0 ms, ratio 2.00" in capsys.readouterr().out
     assert first["MB"] > 4 * 32 * 16 * 16 / 1e6 and first["MB"] != first["ours_MB"]
     assert last["ours_seconds"] and last["seconds"] is last["MB"] is None
 
