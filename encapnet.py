@@ -469,16 +469,24 @@ class CapFC(nn.Module):
 # times the entropy of P as a reward the best plan is exp(-Q/eps) with its rows and columns scaled,
 # in turn, until both marginals are right (Sinkhorn).
 
+def unit(z):
+    """z / |z| along the last axis; 0 stays 0, with a finite gradient."""
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z / torch.where(length > 0, length, 1.0)
+
+
+def angle_cost(x, y):
+    """1 - cos(x, y) of unit vectors."""
+    return 1 - x @ y.mT
+
+
 @full_precision
 def cosine_cost(x, y):
-    """1 - cos(x, y), in [0, 2]; a zero vector costs 1 against anything, with zero gradient there.
+    """1 - cos(x, y), in [0, 2]; a zero vector costs 1 against anything.
 
     x: (..., n, d);  y: (..., m, d) -> (..., n, m)
     """
-    def unit(z):
-        length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-        return z / torch.where(length > 0, length, 1.0)
-    return 1 - unit(x) @ unit(y).transpose(-2, -1)
+    return angle_cost(unit(x), unit(y))
 
 
 @full_precision
@@ -490,7 +498,16 @@ def l2_cost(x, y):
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-COSTS = {"cosine": (cosine_cost, 2.0), "l2": (l2_cost, None)}         # function, bound on its range
+COSTS = {    # what is done to each cloud once, cost of two of what results, bound on its range
+    "cosine": (unit, angle_cost, 2.0), "l2": (nn.Identity(), l2_cost, None)}
+
+
+@full_precision
+def ground_costs(x, y, cost="cosine", bias_fix=True):
+    """The ground costs of Eq. (11), [Q_xy, Q_xx, Q_yy]; without bias fix of Eq. (8), [Q_xy]."""
+    prepare, ground, _ = COSTS[cost]
+    x, y = prepare(x), prepare(y)
+    return [ground(*pair) for pair in ([(x, y), (x, x), (y, y)] if bias_fix else [(x, y)])]
 
 
 @full_precision
@@ -521,13 +538,13 @@ def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None, a=None, b=None):
             raise ValueError(f"{name} has shape {tuple(weights.shape)}: must be (..., {size})")
     # K >= e^-60 = 9e-27 and the scalings <= 1/K stay normal numbers in float32.
     if q_max is not None and q_max <= 60 * eps and a is None and b is None:
-        K = (-Q / eps).exp()                                             # Gibbs kernel
-        K_T = K.transpose(-2, -1).contiguous()
-        rows = K.new_full((*Q.shape[:-2], 1, n), 1 / n)
-        for _ in range(iterations):                                      # b(l), a(l) of Eq. (9)
-            columns = 1 / m / (rows @ K)                                 # (..., 1, m)
-            rows = 1 / n / (columns @ K_T)                               # (..., 1, n)
-        return rows.transpose(-2, -1) * K * columns                      # Eq. (10)
+        K = (-Q / eps).exp().view(-1, n, m)                              # Gibbs kernel
+        K_T = K.mT.contiguous()
+        a = K.new_ones(len(K), 1, n)
+        for _ in range(iterations):                                      # Eq. (9)
+            b = torch.bmm(a, K).reciprocal()                             # (-1, 1, m)
+            a = torch.bmm(b, K_T).reciprocal() * (m / n)                 # (-1, 1, n)
+        return (a.mT * K * b / m).view(Q.shape)                          # Eq. (10)
     log_a = -math.log(n) if a is None else a.clamp_min(1e-37).log()[..., None]        # 0 -> e^-85
     log_b = -math.log(m) if b is None else b.clamp_min(1e-37).log()[..., None, :]
     log_P = -Q / eps
@@ -566,16 +583,14 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
     -> (...), in the units of the cost
     """
     check_choice("cost", cost, tuple(COSTS))
-    ground, q_max = COSTS[cost]
-
-    def W(x, y, a=None, b=None):
-        return sinkhorn_cost(ground(x, y), eps, iterations, q_max, plan_grad, a=a, b=b)
-
-    if not bias_fix:
-        return W(x, y, a, b)
+    W = partial(sinkhorn_cost, eps=eps, iterations=iterations, q_max=COSTS[cost][2],
+                plan_grad=plan_grad)
+    Q = ground_costs(x, y, cost, bias_fix)
     if x.shape == y.shape and a is None and b is None:              # one batched call for all three
-        return debias(*W(torch.stack([x, x, y]), torch.stack([y, x, y])))
-    return debias(W(x, y, a, b), W(x, x, a, a), W(y, y, b, b))
+        costs = W(torch.stack(Q))
+    else:
+        costs = [W(q, a=a, b=b) for q, (a, b) in zip(Q, [(a, b), (a, a), (b, b)], strict=False)]
+    return debias(*costs) if bias_fix else costs[0]
 
 
 @full_precision
@@ -642,7 +657,7 @@ class FeedbackUnit(nn.Module):
         self.types = types if generator == "capsule" else None
         self.kind, self.cost, self.bias_fix = divergence, cost, bias_fix
         self.sinkhorn = {"eps": eps, "iterations": iterations, "plan_grad": plan_grad,
-                         "q_max": COSTS[cost][1]}
+                         "q_max": COSTS[cost][2]}
         self.deconv = nn.ConvTranspose2d(high, low, 3, stride, padding=1, bias=False,
                                          groups=self.types or 1)
         self.norm = nn.BatchNorm2d(low)
@@ -690,9 +705,7 @@ class FeedbackUnit(nn.Module):
     def costs(self, low, high):
         """Costs of generated x and real y: (3, B, B), xy xx yy; (1, B, B) without bias fix."""
         y, x = self.features(low, high)
-        ground, _ = COSTS[self.cost]
-        xs, ys = ([x, x, y], [y, x, y]) if self.bias_fix else ([x], [y])
-        return ground(torch.stack(xs), torch.stack(ys))
+        return torch.stack(ground_costs(x, y, self.cost, self.bias_fix))
 
     def forward(self, low, high):
         return total_feedback([self], [(low, high)])
