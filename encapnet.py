@@ -326,17 +326,17 @@ def squash_image(s, types):
 
 
 class GroupedConv(nn.Conv2d):
-    """Convolution with a kernel for each capsule type, computed for a few types at once.
+    """nn.Conv2d in which each capsule type has its own kernel, `groups=types`.
 
-    Convolutions of a group compute 8 channels or more, the other types' weights being zero: with
-    the 1 to 4 of a type they take longer for less work (on a CPU twice as long).
+    Several types are computed at once, in groups of 8 output channels, with weights of 0 between
+    types: alone, the 1 to 4 channels of a type take a CPU twice as long for less work.
     """
 
     def forward(self, u):
         out = self.out_channels // self.groups
         n = math.gcd(max(1, 8 // out), self.groups)                      # types at once
-        blocks = self.weight.unflatten(0, (-1, n, out)).movedim(1, -1)
-        blocks = torch.diag_embed(blocks, dim1=1, dim2=3)                # (G/n, n, out, n, in, k, k)
+        blocks = self.weight.unflatten(0, (-1, n, out)).movedim(1, -1)   # (G/n, out, in, k, k, n)
+        blocks = torch.diag_embed(blocks, dim1=1, dim2=3)                # (., n, out, n, in, k, k)
         return F.conv2d(u, blocks.flatten(3, 4).flatten(0, 2), self.bias, self.stride,
                         self.padding, groups=self.groups // n)
 

@@ -690,15 +690,40 @@ def end_oracle(s, layer, d):
     return s
 
 
+@given(seed=seeds, types=st.integers(1, 12), c=st.integers(1, 3), out=st.integers(1, 9),
+       kernel=st.sampled_from([1, 3]), stride=st.integers(1, 2), bias=st.booleans())
+def test_grouped_convolution_is_torchs(seed, types, c, out, kernel, stride, bias):
+    conv = encapnet.GroupedConv(types * c, types * out, kernel, stride, kernel // 2, groups=types,
+                                bias=bias)
+    u = randn(2, types * c, 4, 5, seed=seed).requires_grad_()
+    plain = torch.nn.Conv2d(*(types * n for n in (c, out)), kernel, stride, kernel // 2,
+                            groups=types, bias=bias)
+    randomise(conv, seed)
+    plain.double().load_state_dict(conv.state_dict())
+    results = [(v := layer(u), *torch.autograd.grad(v.square().sum(), [u, *layer.parameters()]))
+               for layer in (conv, plain)]
+    for ours, theirs in zip(*results, strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("types, out, groups", [(8, 2, 2), (32, 1, 4), (32, 2, 8), (32, 4, 16),
+                                                (8, 16, 8), (6, 2, 3), (3, 2, 3), (1, 2, 1)])
+def test_grouped_convolution_computes_eight_channels_a_group(types, out, groups, monkeypatch):
+    conv, seen = encapnet.GroupedConv(types, types * out, 3, groups=types), []
+    monkeypatch.setattr(F, "conv2d", lambda *a, groups, **kw: seen.append(groups))
+    conv(torch.zeros(1, types, 3, 3))
+    assert seen == [groups]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel, stride, skip", [(3, 1, True), (3, 2, False), (1, 2, True),
                                                   (5, 1, False)])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_capconv_is_the_loop(mode, kernel, stride, skip, with_residual):
-    layer = randomise(CapConv(2, 3, kernel, stride, 3, mode, aide_kernel=6 - kernel, skip=skip))
-    u = randn(2, 6, 4, 5, seed=1)
-    residual = randn(2, 9, 4 // stride, -(-5 // stride), seed=2) if with_residual else None
-    assert_same(layer(u, residual), capconv_oracle(layer, u, residual, 3, stride))
+    layer = randomise(CapConv(3, 2, kernel, stride, 4, mode, aide_kernel=6 - kernel, skip=skip))
+    u = randn(2, 12, 4, 5, seed=1)
+    residual = randn(2, 8, 4 // stride, -(-5 // stride), seed=2) if with_residual else None
+    assert_same(layer(u, residual), capconv_oracle(layer, u, residual, 4, stride))
 
 
 @pytest.mark.parametrize("mode", MODES[:3])

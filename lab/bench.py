@@ -160,11 +160,11 @@ def bench_step(config, seconds=3.0):
 
 
 def network_step(device, model="encapnet", batch=16, side=32, compile=False, **changes):
-    """A training step of a network, channels-last."""
+    """A training step of a network, on a GPU in bfloat16 and channels-last."""
+    gpu = device.type == "cuda"
     return training_step(make_config(
         dataset="cifar10", model=model, set=changes, image_size=side, batch_size=batch,
-        device=str(device), channels_last=True, compile=compile, amp=device.type == "cuda"),
-        device)[0]
+        device=str(device), channels_last=gpu, compile=compile, amp=gpu), device)[0]
 
 
 def network_steps(device, batch, **changes):
