@@ -706,13 +706,26 @@ def test_grouped_convolution_is_torchs(seed, types, c, out, kernel, stride, bias
         assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("types, out, groups", [(8, 2, 2), (32, 1, 4), (32, 2, 8), (32, 4, 16),
-                                                (8, 16, 8), (6, 2, 3), (3, 2, 3), (1, 2, 1)])
-def test_grouped_convolution_computes_eight_channels_a_group(types, out, groups, monkeypatch):
-    conv, seen = encapnet.GroupedConv(types, types * out, 3, groups=types), []
-    monkeypatch.setattr(F, "conv2d", lambda *a, groups, **kw: seen.append(groups))
-    conv(torch.zeros(1, types, 3, 3))
-    assert seen == [groups]
+class Groups(TorchDispatchMode):
+    """Output channels of a group, of each convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.seen.append(len(args[1]) // args[8])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("types, d, of_types, of_coefficients", [
+    (8, 2, 8, 8), (8, 1, 8, 8), (32, 4, 8, 8), (8, 16, 16, 8), (6, 2, 4, 4), (3, 2, 2, 2)])
+def test_capconv_computes_eight_channels_a_group(types, d, of_types, of_coefficients):
+    """Master, aide, m1, m2, skip; fewer where types do not divide."""
+    with Groups() as groups:
+        CapConv(1, d, 3, types=types, skip=True)(torch.zeros(1, types, 3, 3))
+    assert groups.seen == [of_types, types * d, of_coefficients, of_coefficients, of_types]
 
 
 @pytest.mark.parametrize("mode", MODES)
