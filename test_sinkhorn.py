@@ -286,7 +286,16 @@ def test_defaults_and_pots_halved_convention():
     close(sinkhorn_plan(Q), pot_plan(Q, 0.1, 10))
 
 
-@pytest.mark.parametrize("eps", [1, 0.1, 0.01, 0.001])
+def test_the_cosine_cost_takes_the_kernel_form(monkeypatch):
+    """At the paper's eps, in the divergence and in a unit; the log form is three times slower."""
+    monkeypatch.setattr(torch.Tensor, "log_softmax", None)
+    assert sinkhorn_divergence(randn(0, 5, 3), randn(1, 5, 3)) > 0
+    assert FeedbackUnit(2, 4, 2)(torch.randn(3, 2, 8, 8), torch.randn(3, 4, 4, 4)) > 0
+    with pytest.raises(TypeError):
+        sinkhorn_divergence(randn(0, 5, 3), randn(1, 5, 3), cost="l2")
+
+
+@pytest.mark.parametrize("eps", [1, 0.1, 0.02, 0.01, 0.001])
 def test_opposite_directions_are_4_apart(eps):
     """In float32 too, where exp(-2 / 0.01) is 0: then the log form has to be chosen."""
     x = torch.tensor([[3.0, 4.0]])
