@@ -156,6 +156,22 @@ def test_leading_dimensions_equal_a_loop(k, n, m, seed, q_max):
             close(W[a, b], (Q[a, b] * P[a, b]).sum())
 
 
+def test_a_cost_may_lie_in_memory_as_it_likes():
+    Q = torch.rand(2, 3, 4, 5, dtype=torch.float64)
+    turned = Q.permute(1, 0, 3, 2)                                      # no view has other sizes
+    close(sinkhorn_plan(turned, q_max=2.0), sinkhorn_plan(turned.contiguous(), q_max=2.0))
+
+
+@pytest.mark.parametrize("m", [5, 7])
+def test_a_divergence_is_exported_for_any_number_of_clouds(m):
+    class Divergence(nn.Module):
+        def forward(self, x, y):
+            return sinkhorn_divergence(x, y)
+    x, y, many = randn(0, 6, 5, 3), randn(1, 6, m, 3), {0: torch.export.Dim("clouds")}
+    program = torch.export.export(Divergence(), (x[:4], y[:4]), dynamic_shapes=(many, many))
+    close(program.module()(x, y), sinkhorn_divergence(x, y))
+
+
 @given(st.integers(2, 40), st.integers(2, 40), seeds, st.integers(1, 100),
        st.sampled_from([1 / 300, 0.02, 2 / 60, 0.1, 1]))
 def test_plan_in_float32(n, m, seed, L, eps):
