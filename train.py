@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import re
 import sys
+from functools import partial
 
 import encapnet
 from lab import bench
@@ -189,10 +190,7 @@ def command(commands, given):
     return train(given)
 
 
-def main(arguments=None):
-    """-> exit code"""
-    return guarded("train.py", lambda words: command(*parse(words)), arguments)
-
+main = partial(guarded, "train.py", lambda words: command(*parse(words)))
 
 if __name__ == "__main__":
     sys.exit(main())

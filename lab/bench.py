@@ -359,10 +359,7 @@ def command(words):
     BENCHES[given.name](device)
 
 
-def main(arguments=None):
-    """-> exit code"""
-    return guarded("lab.bench", command, arguments)
-
+main = partial(guarded, "lab.bench", command)
 
 if __name__ == "__main__":
     sys.exit(main())

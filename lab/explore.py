@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -383,10 +384,7 @@ def command(words):
         explain(run)
 
 
-def main(arguments=None):
-    """-> exit code: 0, 2 for bad input, 1 for a failure."""
-    return guarded("lab.explore", command, arguments)
-
+main = partial(guarded, "lab.explore", command)
 
 if __name__ == "__main__":
     sys.exit(main())

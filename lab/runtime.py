@@ -33,7 +33,7 @@ def say(*words):
         print(*words, flush=True)
 
 
-def guarded(program, function, arguments):
+def guarded(program, function, arguments=None):
     """function(arguments) -> exit code: 0, 2 for bad input, 1 for a failure, 128 + signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

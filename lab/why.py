@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -147,10 +148,7 @@ def command(words):
     say(f"wrote {path.with_suffix('.json')}")
 
 
-def main(arguments=None):
-    """-> exit code"""
-    return guarded("lab.why", command, arguments)
-
+main = partial(guarded, "lab.why", command)
 
 if __name__ == "__main__":
     sys.exit(main())
