@@ -24,7 +24,7 @@ from lab.config import Parser, identity, number
 from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
 from lab.fit import Run, classification_loss, environment, record
-from lab.measure import call, spread
+from lab.measure import call, spread, watch
 from lab.runtime import Problem, guarded, say, write_file
 from lab.use import test_data, trained
 
@@ -55,21 +55,11 @@ def scores(run, x):
 # ------------------------------------------------------------------------------------------------
 
 
-def watch(run, x, module):
-    """A module's inputs and its output while the network looks at x -> (inputs, output)."""
-    seen = []
-    hook = module.register_forward_hook(lambda module, given, out: seen.append((given, out)))
-    scores(run, x)
-    hook.remove()
-    return seen[0]
-
-
 def features(run, x, labels):
     """The capsule of each image's right class, whose length is the score: (B, d)."""
     layer, parts = getattr(run.net, "classes", None) or run.net.routed[-1], []
     for part, label in zip(x.split(250), labels.split(250), strict=True):
-        _, out = watch(run, part, layer)
-        v = out[0] if isinstance(out, tuple) else out                  # EM: pose, activation
+        _, v = watch(layer, scores, run, part)
         parts.append(v[torch.arange(len(v)), label])
     return torch.cat(parts).cpu().double()
 
@@ -130,7 +120,7 @@ def draw_coefficients(run, figure, shown=3):
         *[2] * (1 + 2 * len(layers)), 3])
     draw_maps(first, x[:shown].mean(1), "image", cmap="gray")
     for k, layer in enumerate(layers):
-        (u, *_), _ = watch(run, x, layer)
+        u, _ = watch(layer, scores, run, x)
         pair = [m.cpu() for m in layer.branches(u)[2:]]                # m1, m2 (B, G, H, W)
         maps = torch.stack([m[:shown].mean(1) for m in pair])          # (2, shown, H, W)
         two = axes[2 * k:2 * k + 2]

@@ -2,7 +2,6 @@
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
 
 from lab.config import DATASETS
 from lab.data import normalised, views
@@ -48,20 +47,25 @@ def evaluate(run, multi_crop=False):
     return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n}
 
 
+def watch(layer, function, *arguments):
+    """What goes into a layer and what comes out, of EM the poses, during function(*arguments)."""
+    seen = []
+    hook = layer.register_forward_hook(lambda layer, given, out: seen.extend((given[0], out)))
+    function(*arguments)
+    hook.remove()
+    u, v = seen
+    return u, v[0] if isinstance(v, tuple) else v
+
+
 @torch.no_grad()
 def agreement(net, x, labels, bins=20):
     """Cosine of the true class's capsule v_j and its votes, in the last routed layer.   [Fig. 2]
 
     -> {"percent": of the votes in each of `bins` bins over [-1, 1], "length": their mean length}
     """
-    seen = []
-    hook = net.routed[-1].register_forward_hook(
-        lambda layer, given, out: seen.append((given[0], out)))
-    net.eval()(x)
-    hook.remove()
-    u, v = seen[0][0], seen[0][1] if isinstance(seen[0][1], Tensor) else seen[0][1][0]
-    b = torch.arange(len(x), device=x.device)
-    votes = net.routed[-1].votes(u)[b, :, labels]                        # (B, i, d)
+    layer, b = net.routed[-1], torch.arange(len(x), device=x.device)
+    u, v = watch(layer, net.eval(), x)
+    votes = layer.votes(u)[b, :, labels]                                 # (B, i, d)
     cosine = F.cosine_similarity(                         # a fresh v is shorter than 1e-8
         votes, v[b, labels].unsqueeze(1), dim=-1, eps=1e-30)             # (B, i)
     place = ((cosine + 1) / 2 * bins).long().clamp(0, bins - 1).flatten().cpu()
