@@ -23,45 +23,39 @@ CAPNET = {"CIFAR-10": use("capnet-dynamic")}
 DEEP = dict(feedback=0, coefficients="both", skip="both")    # Table 3's EncapNet without a unit
 TABLES = {
     "1": [Part("six-layer networks", {}, {"CIFAR-10": CIFAR10, "MNIST": MNIST}, [
-        # "cost": the paper's Mb of parameters, MB of memory at this batch, s a batch on a Titan X
-        ("(a) CapNet, dynamic", use("capnet-dynamic"),
-         {"CIFAR-10": 14.28, "MNIST": 0.37, "cost": (151.24, 3961, 8, 0.444)}),
-        ("(b) CapNet, EM", use("capnet-em"),
-         {"CIFAR-10": 12.66, "MNIST": 0.31, "cost": (152.44, 10078, 4, 0.957)}),
-        ("(c) vanilla CNN, same shape", use("cnn-same"),
-         {"CIFAR-10": 14.43, "MNIST": 0.38, "cost": (24.44, 1652, 128, 0.026)}),
-        ("(d) vanilla CNN, similar param", use("cnn-similar"),
-         {"CIFAR-10": 12.09, "MNIST": 0.33, "cost": (146.88, 2420, 128, 0.146)}),
-        ("(e) EncapNet, master", use("encapnet6-master"),
-         {"CIFAR-10": 13.87, "MNIST": 0.31, "cost": (25.76, 1433, 128, 0.039)}),
-        ("(f) EncapNet, master/aide", use("encapnet6"),
-         {"CIFAR-10": 11.93, "MNIST": 0.25, "cost": (60.68, 1755, 128, 0.061)}),
-    ])],
+        (name, use(model), {"CIFAR-10": cifar10, "MNIST": mnist, "cost": cost})
+        # cost: the paper's Mb of parameters, MB of memory at this batch, s a batch on a Titan X
+        for name, model, cifar10, mnist, cost in (
+            ("(a) CapNet, dynamic", "capnet-dynamic", 14.28, 0.37, (151.24, 3961, 8, 0.444)),
+            ("(b) CapNet, EM", "capnet-em", 12.66, 0.31, (152.44, 10078, 4, 0.957)),
+            ("(c) vanilla CNN, same shape", "cnn-same", 14.43, 0.38, (24.44, 1652, 128, 0.026)),
+            ("(d) vanilla CNN, similar param", "cnn-similar", 12.09, 0.33,
+             (146.88, 2420, 128, 0.146)),
+            ("(e) EncapNet, master", "encapnet6-master", 13.87, 0.31, (25.76, 1433, 128, 0.039)),
+            ("(f) EncapNet, master/aide", "encapnet6", 11.93, 0.25, (60.68, 1755, 128, 0.061)))])],
     "2": [],                                    # architectures: no runs
-    "3": [Part("capConv design", CIFAR10, {"EncapNet": use("encapnet")}, [
-        ("(1) master (baseline)", dict(set=dict(DEEP, coefficients=None, skip=None)),
-         {"EncapNet": 9.83}),
-        ("(2) master/aide v1", dict(set=dict(DEEP, coefficients="own", skip=None)),
-         {"EncapNet": 8.05}),
-        ("(3) master/aide v2", dict(set=dict(DEEP, coefficients="cross", skip=None)),
-         {"EncapNet": 9.11}),
-        ("(4) master/aide v3", dict(set=dict(DEEP, skip=None)), {"EncapNet": 7.41}),
-        ("(5) skip on Type I", dict(set=dict(DEEP, skip="I")), {"EncapNet": 6.81}),
-        ("(6) skip on Type II", dict(set=dict(DEEP, skip="II")), {"EncapNet": 6.75}),
-        ("(7) skip both", dict(set=DEEP), {"EncapNet": 5.82}),
-        ("(8) two OTs", dict(set=dict(DEEP, feedback=2)), {"EncapNet": 4.55}),
+    "3": [Part("capConv design", CIFAR10, {"EncapNet": use("encapnet", **DEEP)}, [
+        (name, dict(set=changes), {"EncapNet": error}) for name, changes, error in (
+            ("(1) master (baseline)", dict(coefficients=None, skip=None), 9.83),
+            ("(2) master/aide v1", dict(coefficients="own", skip=None), 8.05),
+            ("(3) master/aide v2", dict(coefficients="cross", skip=None), 9.11),
+            ("(4) master/aide v3", dict(skip=None), 7.41),
+            ("(5) skip on Type I", dict(skip="I"), 6.81),
+            ("(6) skip on Type II", dict(skip="II"), 6.75),
+            ("(7) skip both", {}, 5.82),
+            ("(8) two OTs", dict(feedback=2), 4.55))
     ]), Part("regularization", CIFAR10,
              {"EncapNet": use("encapnet", **DEEP), "ResNet": use("resnet18")}, [
-        ("(a) capConv block (baseline)", dict(set=dict(feedback=0)),
-         {"EncapNet": 5.82, "ResNet": 8.03}),
-        ("(b) KL loss", dict(set=dict(feedback=1, divergence="kl")),
-         {"EncapNet": 5.31, "ResNet": 7.72}),
-        ("(c) OT loss", dict(set=dict(feedback=1)), {"EncapNet": 4.58, "ResNet": 7.67}),
-        ("(d1) remove bias fix", dict(set=dict(feedback=1, bias_fix=False)), {"EncapNet": 4.71}),
-        ("(d2) do BP in P_L", dict(set=dict(feedback=1, plan_grad=True)), {"EncapNet": 4.77}),
-        ("(d3) no extractor", dict(set=dict(feedback=1, extractor=False)), {"EncapNet": 5.79}),
-        ("(d4) use vanilla g", dict(set=dict(feedback=1, generator="vanilla")), {"EncapNet": 5.01}),
-        ("(d5) use l2 in Q", dict(set=dict(feedback=1, cost="l2")), {"EncapNet": 4.90}),
+        (name, dict(set=changes), dict(EncapNet=ours, ResNet=resnet))
+        for name, changes, ours, resnet in (
+            ("(a) capConv block (baseline)", dict(feedback=0), 5.82, 8.03),
+            ("(b) KL loss", dict(feedback=1, divergence="kl"), 5.31, 7.72),
+            ("(c) OT loss", dict(feedback=1), 4.58, 7.67),
+            ("(d1) remove bias fix", dict(feedback=1, bias_fix=False), 4.71, None),
+            ("(d2) do BP in P_L", dict(feedback=1, plan_grad=True), 4.77, None),
+            ("(d3) no extractor", dict(feedback=1, extractor=False), 5.79, None),
+            ("(d4) use vanilla g", dict(feedback=1, generator="vanilla"), 5.01, None),
+            ("(d5) use l2 in Q", dict(feedback=1, cost="l2"), 4.90, None))
     ]), Part("what the paper leaves open, beside (7) and (c); not in the paper", CIFAR10,
              {"EncapNet": use("encapnet", **DEEP)}, [
         *((f"aide kernel {k}", dict(set=dict(aide_kernel=k)), {"EncapNet": "–"})
