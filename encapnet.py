@@ -328,8 +328,8 @@ def squash_image(s, types):
 class GroupedConv(nn.Conv2d):
     """nn.Conv2d in which each capsule type has its own kernel, `groups=types`.
 
-    Several types are computed at once, in groups of 8 output channels, with weights of 0 between
-    types: alone, the 1 to 4 channels of a type take a CPU twice as long for less work.
+    Several types are computed at once, in groups of up to 8 output channels, with weights of 0
+    between types: alone, the 1 to 4 channels of a type are less work and take a CPU twice as long.
     """
 
     def forward(self, u):
@@ -338,7 +338,7 @@ class GroupedConv(nn.Conv2d):
         blocks = self.weight.unflatten(0, (-1, n, out)).movedim(1, -1)   # (G/n, out, in, k, k, n)
         blocks = torch.diag_embed(blocks, dim1=1, dim2=3)                # (., n, out, n, in, k, k)
         return F.conv2d(u, blocks.flatten(3, 4).flatten(0, 2), self.bias, self.stride,
-                        self.padding, groups=self.groups // n)
+                        self.padding, self.dilation, self.groups // n)
 
 
 class ComplementConv(nn.Module):
@@ -498,16 +498,19 @@ def l2_cost(x, y):
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-COSTS = {    # what is done to each cloud once, cost of two of what results, bound on its range
+COSTS = {    # name: what prepares a cloud, the cost between two prepared ones, its upper bound
     "cosine": (unit, angle_cost, 2.0), "l2": (nn.Identity(), l2_cost, None)}
 
 
 @full_precision
-def ground_costs(x, y, cost="cosine", bias_fix=True):
-    """The ground costs of Eq. (11), [Q_xy, Q_xx, Q_yy]; without bias fix of Eq. (8), [Q_xy]."""
+def ground_costs(x, y, cost, bias_fix):
+    """The ground costs of Eq. (11), [Q_xy, Q_xx, Q_yy]; without bias fix of Eq. (8), [Q_xy].
+
+    x: (..., n, d);  y: (..., m, d) -> [(..., n, m), (..., n, n), (..., m, m)]
+    """
     prepare, ground, _ = COSTS[cost]
     x, y = prepare(x), prepare(y)
-    return [ground(*pair) for pair in ([(x, y), (x, x), (y, y)] if bias_fix else [(x, y)])]
+    return [ground(x, y), ground(x, x), ground(y, y)] if bias_fix else [ground(x, y)]
 
 
 @full_precision

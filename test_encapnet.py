@@ -691,13 +691,12 @@ def end_oracle(s, layer, d):
 
 
 @given(seed=seeds, types=st.integers(1, 12), c=st.integers(1, 3), out=st.integers(1, 9),
-       kernel=st.sampled_from([1, 3]), stride=st.integers(1, 2), bias=st.booleans())
-def test_grouped_convolution_is_torchs(seed, types, c, out, kernel, stride, bias):
-    conv = encapnet.GroupedConv(types * c, types * out, kernel, stride, kernel // 2, groups=types,
-                                bias=bias)
+       kernel=st.sampled_from([1, 3]), stride=st.integers(1, 2), dilation=st.integers(1, 2),
+       bias=st.booleans())
+def test_grouped_convolution_is_torchs(seed, types, c, out, kernel, stride, dilation, bias):
+    words = (types * c, types * out, kernel, stride, kernel // 2, dilation, types, bias)
+    conv, plain = encapnet.GroupedConv(*words), torch.nn.Conv2d(*words)
     u = randn(2, types * c, 4, 5, seed=seed).requires_grad_()
-    plain = torch.nn.Conv2d(*(types * n for n in (c, out)), kernel, stride, kernel // 2,
-                            groups=types, bias=bias)
     randomise(conv, seed)
     plain.double().load_state_dict(conv.state_dict())
     results = [(v := layer(u), *torch.autograd.grad(v.square().sum(), [u, *layer.parameters()]))
