@@ -234,7 +234,6 @@ def spread_loss(lengths, target, margin):
 # g share W_gj, as a convolution shares its kernel.  So routing never needs the votes themselves:
 # `votes` and the two functions above are the definition, the appendix has the same without them.
 
-
 def needs_votes():
     """Whether routing must go through explicit votes: while exporting, as a loop over blocks would
     fix the batch; under torch.func, as checkpoint does not work there."""
@@ -811,8 +810,7 @@ class EncapNet(Network):
     """Convolution, capConv modules, capFC.   [Table 2]
 
     depths: N of each module;  dims: capsule dimension before and after each;  types: capsule types
-    coefficients: as CapConv, for all modules or a tuple of one a module
-    aide_kernel, squash_branches: as CapConv
+    coefficients, aide_kernel, squash_branches: as CapConv; coefficients also a tuple, one a module
     skip: "both", "I", "II" or None [Table 3 (5-7)];  stem_stride: 4 for images of 128 and more
     feedback: units a module, 0, 1, 2;  further keywords go to FeedbackUnit
     Deviation 9: the stem M0 is convolution, BatchNorm, ReLU, not squashed; the vanilla generator of

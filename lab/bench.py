@@ -281,10 +281,6 @@ def divergences():
     return found
 
 
-def one_by_one(x, y):
-    return torch.stack(list(map(OURS, x, y)))
-
-
 def divergence_step(divergence, *shape, device):
     """Forward and backward of Eq. (11) between two batches of features (..., n, d)."""
     x, y = (torch.randn(shape).to(device).requires_grad_() for _ in range(2))
@@ -295,7 +291,8 @@ def bench_sinkhorn(device, batch=128, dim=16, units=8):
     """One divergence against POT and geomloss; those of all units of a step against a loop."""
     for what, functions, shape in (
             (f"divergence of two {batch}x{dim} batches", divergences(), (batch, dim)),
-            (f"divergences of {units} units", {"ours": OURS, "one by one": one_by_one},
+            (f"divergences of {units} units",
+             {"ours": OURS, "one by one": lambda x, y: torch.stack(list(map(OURS, x, y)))},
              (units, batch, dim))):
         compare(what, {name: divergence_step(function, *shape, device=device)
                        for name, function in functions.items()}, device)

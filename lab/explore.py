@@ -81,10 +81,6 @@ def r_squared(z, factors, labels):
     return torch.stack(together).mean(0).clamp(min=0), torch.stack(alone).mean(0)
 
 
-def knows_poses(run):
-    return run.config.dataset == "digits" and not run.net.logits
-
-
 def draw_pose(run, figure, drawn=4000):
     images, labels, poses = draw_digits(drawn, train=False)             # files tell no poses
     x = fit_side(images, run.data.side).to(run.device).float() / 255
@@ -172,7 +168,8 @@ def draw_feedback(run, figure, shown=4):
 
 
 PANELS = [  # title; of which runs; how; height in inches
-    ("What the dimensions of the right class capsule tell", knows_poses, draw_pose, 2.7),
+    ("What the dimensions of the right class capsule tell",
+     lambda run: run.config.dataset == "digits" and not run.net.logits, draw_pose, 2.7),
     ("Master and aide coefficients, mean over types", capconvs, draw_coefficients, 4),
     ("What the feedback generator recovers of the lower layer",
      lambda run: len(getattr(run.net, "units", ())), draw_feedback, 3.2),

@@ -317,7 +317,8 @@ def finish(run):
     best = min(run.history, key=lambda e: e["test_error"], default={})
     result = {
         "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
-        "epochs": config.epochs, "key": config_key(config), "outcome": "ok", **test,
+        "epochs": config.epochs, "key": config_key(config),
+        "outcome": "at chance" if last.get("train_error", 0) > 0.95 * chance else "ok", **test,
         "multi_crop": multi_crop,
         **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
         "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
@@ -329,8 +330,6 @@ def finish(run):
                    for k in ("loss", "feedback", "train_error", "test_error")},
         "moments": run.moments, "date": time.strftime("%Y-%m-%d %H:%M"),
     }
-    if last and last["train_error"] > 0.95 * chance:
-        result["outcome"] = "at chance"
     if rank() == 0:
         draw_run(run.history, *sample(run, 24), run.data.classes, run.folder / "curves.png")
         record(result)

@@ -72,13 +72,11 @@ TABLES = {
                             ("++", 3.10, 24.18, 1.52))]
              + [(name, None, dict(zip(SETS, p, strict=True))) for name, *p in (
                  ("GoodInit", 5.84, 27.66, None), ("BayesNet", 6.37, 27.40, None),
-                 ("ResNet", 6.43, None, None),
-                 ("ELU", 6.55, 24.28, None), ("Batch NIN", 6.75, 28.86, 1.81),
-                 ("Rec-CNN", 7.09, 31.75, 1.77),
+                 ("ResNet", 6.43, None, None), ("ELU", 6.55, 24.28, None),
+                 ("Batch NIN", 6.75, 28.86, 1.81), ("Rec-CNN", 7.09, 31.75, 1.77),
                  ("Piecewise", 7.51, 30.83, None), ("DSN", 8.22, 34.57, 1.92),
-                 ("NIN", 8.80, 35.68, 2.35),
-                 ("dasNet", 9.22, 33.78, None), ("Maxout", 9.35, 38.57, 2.47),
-                 ("AlexNet", 11.00, None, None))]),
+                 ("NIN", 8.80, 35.68, 2.35), ("dasNet", 9.22, 33.78, None),
+                 ("Maxout", 9.35, 38.57, 2.47), ("AlexNet", 11.00, None, None))]),
         Part("h-ImageNet, top-1", dict(dataset="h-imagenet"), {"h-ImageNet": {}}, [
             (name, dict(model=model, image_size=side, augment=augment), {"h-ImageNet": error})
             for name, model, side, augment, error in (
