@@ -51,7 +51,6 @@ from lab.use import predict, test_only
 def make_parser():
     """One flag for every field of Config, and the commands."""
     parser = Parser("train.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="Defaults are the paper's, but without --dataset or with --dataset "
                            f"digits:\n{RECIPES['digits']}",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)

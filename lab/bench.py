@@ -8,7 +8,6 @@
 and of a whole step: python train.py --bench [--model M ...].  All is measured forward and backward,
 on a CPU with one thread (but for a training step); bytes are those that torch's allocator counts.
 """
-import argparse
 import itertools
 import math
 import os
@@ -345,8 +344,7 @@ BENCHES = {"routing": bench_routing, "sinkhorn": bench_sinkhorn, "network": benc
 
 
 def command(words):
-    parser = Parser("python -m lab.bench", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m lab.bench", description=__doc__)
     parser.add_argument("name", choices=BENCHES, help="what to measure, as above")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

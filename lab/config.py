@@ -53,6 +53,11 @@ def has_logits(model):
 
 
 class Parser(argparse.ArgumentParser):
+    """Shows a docstring as it is laid out; what it cannot parse is a Problem."""
+
+    def __init__(self, *words, **options):
+        super().__init__(*words, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
     def error(self, message):
         raise Problem(message)
 

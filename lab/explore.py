@@ -7,7 +7,6 @@
 RUN is a folder of train.py, of any model and data set; runs of one model are its seeds.  Every
 run's errors go to runs/results.jsonl too.
 """
-import argparse
 import json
 import math
 import statistics
@@ -350,8 +349,7 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
 
 
 def command(words):
-    parser = Parser("python -m lab.explore", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m lab.explore", description=__doc__)
     parser.add_argument("name", choices=("explain", "robustness"), help="what to do, as above")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     tests = parser.add_argument_group("robustness")

@@ -5,7 +5,6 @@
 
 Each writes runs/why-NAME.png and its numbers, runs/why-NAME.json.
 """
-import argparse
 import json
 import math
 import sys
@@ -133,8 +132,7 @@ def burst(train_images=16000):
 
 
 def command(words):
-    parser = Parser("python -m lab.why", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m lab.why", description=__doc__)
     parser.add_argument("name", choices=("em", "burst"), help="what to measure, as above")
     parser.add_argument("--data-path", default="data", metavar="DIR",
                         help="folder with MNIST, for em (default: data)")
