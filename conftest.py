@@ -52,10 +52,7 @@ def seeded():
     torch.use_deterministic_algorithms(False)
 
 
-# ------------------------------------------------------------------------------------------------
-# Ways to run train.py
-# ------------------------------------------------------------------------------------------------
-
+# ---- Ways to run train.py ------------------------------------------------------------------------
 
 class Done(NamedTuple):
     code: int
@@ -246,10 +243,7 @@ def trained(tmp_path_factory, pictures):
     return folder / "run"
 
 
-# ------------------------------------------------------------------------------------------------
-# Oracles that several rooms need
-# ------------------------------------------------------------------------------------------------
-
+# ---- Oracles that several rooms need -------------------------------------------------------------
 
 def agreement_by_hand(layer, u, v, labels):
     """Vote by vote: cosine with the true class's capsule v (B, K, d), in bins of a tenth."""

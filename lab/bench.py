@@ -28,10 +28,7 @@ from lab.runtime import RUNS, guarded, rank, say, world
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own lines on stderr
 
-# ------------------------------------------------------------------------------------------------
-# Seconds and bytes
-# ------------------------------------------------------------------------------------------------
-
+# ---- Seconds and bytes ---------------------------------------------------------------------------
 
 def now():
     """Seconds, once a GPU has done its work."""
@@ -95,10 +92,7 @@ def compare(what, steps, device):
                           "ours_MB": our_memory, "MB": memory, **where}})
 
 
-# ------------------------------------------------------------------------------------------------
-# A training step
-# ------------------------------------------------------------------------------------------------
-
+# ---- A training step -----------------------------------------------------------------------------
 
 def random_data(config, device):
     """A batch of random images of ten classes in place of a data set."""
@@ -179,9 +173,7 @@ def bench_network(device):
     compare(f"encapnet, batch {batch}, without feedback", network_steps(device, batch), device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Routing
-# ------------------------------------------------------------------------------------------------
+# ---- Routing -------------------------------------------------------------------------------------
 
 TABLE_1 = dict(types=32, positions=64, in_dim=8, out=2048, out_dim=16, iterations=3)
 DIGITCAPS = dict(types=1152, positions=1, in_dim=8, out=10, out_dim=16, iterations=3)  # Sabour's
@@ -236,9 +228,7 @@ def bench_routing(device, layers=LAYERS):
                                            other: step(form=other) if both else None}, device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimal transport
-# ------------------------------------------------------------------------------------------------
+# ---- Optimal transport ---------------------------------------------------------------------------
 
 EPS, ITERATIONS = 0.1, 10
 OURS = partial(encapnet.sinkhorn_divergence, eps=EPS, iterations=ITERATIONS)
@@ -297,10 +287,7 @@ def bench_sinkhorn(device, batch=128, dim=16, units=8):
                        for name, function in functions.items()}, device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Growth
-# ------------------------------------------------------------------------------------------------
-
+# ---- Growth --------------------------------------------------------------------------------------
 
 def square_layer(routing, device, batch=4, capsules=512, iterations=3):
     """Routing of `capsules` lower ones, 64 of a type, to as many higher ones."""

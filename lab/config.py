@@ -13,10 +13,7 @@ from typing import NamedTuple
 import encapnet
 from lab.runtime import Problem, pick_device
 
-# ------------------------------------------------------------------------------------------------
-# Names: data sets, and models; torchvision has the peers of Table 4
-# ------------------------------------------------------------------------------------------------
-
+# ---- Names: data sets, and models; torchvision has the peers of Table 4 --------------------------
 
 class Source(NamedTuple):
     """What a data set is known by: side of its images, whether a mirror image is as good."""
@@ -47,10 +44,7 @@ def has_logits(model):
     return model in PEERS or encapnet.MODELS[model][0].logits
 
 
-# ------------------------------------------------------------------------------------------------
-# Arguments of a command line
-# ------------------------------------------------------------------------------------------------
-
+# ---- Arguments of a command line -----------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """Shows a docstring as it is laid out; what it cannot parse is a Problem."""
@@ -83,10 +77,7 @@ def assignment(text):
         return name, value
 
 
-# ------------------------------------------------------------------------------------------------
-# Config: a field is a flag.  Defaults are the paper's [Sec. 5, Implementation details]
-# ------------------------------------------------------------------------------------------------
-
+# ---- Config: a field is a flag.  Defaults are the paper's [Sec. 5, Implementation details] -------
 
 def option(default, group, help, *, free=False, **flag):
     """A field of Config and its flag.  free: no part of a run's identity, may change on resume."""

@@ -184,10 +184,7 @@ def channel_moments(split, device):
     return mean.float().to(device), std.clamp(min=1e-3).float().to(device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentation, a function of (seed, epoch, image), vectorised on the device   [App. C]
-# ------------------------------------------------------------------------------------------------
-
+# ---- Augmentation, a function of (seed, epoch, image), vectorised on the device   [App. C] -------
 
 def shuffle(n, seed, epoch):
     """The order of an epoch (n,) and seven uniform numbers an image (n, 7)."""

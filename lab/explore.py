@@ -49,10 +49,7 @@ def scores(run, x):
     return call(run.net, run.config, normalised(x, run.data))[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# explain: each panel draws itself into a subfigure -> numbers, and gives them back
-# ------------------------------------------------------------------------------------------------
-
+# ---- explain: each panel draws itself into a subfigure -> numbers, and gives them back -----------
 
 def features(run, x, labels):
     """The capsule of each image's right class, whose length is the score: (B, d)."""
@@ -194,9 +191,7 @@ def explain(run):
     figures.save_figure(figure, run.folder / "explain.png")
 
 
-# ------------------------------------------------------------------------------------------------
-# robustness: changes that keep the label, and changes that an adversary looks for
-# ------------------------------------------------------------------------------------------------
+# ---- robustness: changes that keep the label, and changes that an adversary looks for ------------
 
 CHANGES = {  # name: strengths; each image is changed to one side or the other, by chance
     "rotation": ("degrees", (10, 20, 30, 45)),
@@ -343,10 +338,7 @@ def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
     draw_robustness(groups, runs[0].folder / "robustness.png")
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
-
+# ---- Command line --------------------------------------------------------------------------------
 
 def command(words):
     parser = Parser("python -m lab.explore", description=__doc__)

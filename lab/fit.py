@@ -25,10 +25,7 @@ from lab.figures import draw_run
 from lab.measure import agreement, call, evaluate, first, sample, told_apart
 from lab.runtime import RUNS, Problem, count, rank, say, start, world, write_file
 
-# ------------------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------------------
-
+# ---- The network ---------------------------------------------------------------------------------
 
 class Peer(nn.Module):
     """A torchvision network with our interface: (logits, no feedback)."""
@@ -71,10 +68,7 @@ def start_from(run, path):
         + ("" if same else "; its classes are others: the class layer starts anew"))
 
 
-# ------------------------------------------------------------------------------------------------
-# One step, one epoch, evaluation
-# ------------------------------------------------------------------------------------------------
-
+# ---- One step, one epoch, evaluation -------------------------------------------------------------
 
 @dataclasses.dataclass
 class Run:
@@ -207,10 +201,7 @@ def clock(seconds):
     return f"{hours}h{rest // 60:02}m" if hours else f"{rest // 60}m{rest % 60:02}s"
 
 
-# ------------------------------------------------------------------------------------------------
-# fit: a Config in, a result out
-# ------------------------------------------------------------------------------------------------
-
+# ---- fit: a Config in, a result out --------------------------------------------------------------
 
 def environment(device):
     """What a result depends on besides its Config."""

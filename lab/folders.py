@@ -157,10 +157,7 @@ def load_classes(config, held, classes, boxes):
     return splits, classes, " + ".join(known)
 
 
-# ------------------------------------------------------------------------------------------------
-# h-ImageNet   [Sec. 5]
-# ------------------------------------------------------------------------------------------------
-
+# ---- h-ImageNet   [Sec. 5] -----------------------------------------------------------------------
 
 def hard_classes(config, root, hardest=200):
     """The classes on which ResNet-18 errs most: --class-list, or measured once and kept."""

@@ -84,10 +84,7 @@ def write_file(path, content, keep=None):
                       1) from error
 
 
-# ------------------------------------------------------------------------------------------------
-# Devices and processes
-# ------------------------------------------------------------------------------------------------
-
+# ---- Devices and processes -----------------------------------------------------------------------
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))

@@ -20,9 +20,7 @@ from lab.fit import clock, environment, fit, make_model, record
 from lab.paper import CIFAR10, FIGURES, TABLES, use
 from lab.runtime import RUNS, Diverged, Problem, count, pick_device, rank, reason, say
 
-# ------------------------------------------------------------------------------------------------
-# What has been run, and what a cell asks for
-# ------------------------------------------------------------------------------------------------
+# ---- What has been run, and what a cell asks for -------------------------------------------------
 
 OWN, PUBLISHED, README = RUNS / "results.jsonl", Path("results"), Path("README.md")
 
@@ -96,10 +94,7 @@ def part_cells(part, given):
             if part.study or paper.get(column) is not None}
 
 
-# ------------------------------------------------------------------------------------------------
-# The runner
-# ------------------------------------------------------------------------------------------------
-
+# ---- The runner ----------------------------------------------------------------------------------
 
 def attempt(name, function, *arguments):
     """function(*arguments) -> [], or [what went wrong]; being asked to stop stops all."""
@@ -200,10 +195,7 @@ def show_figure(name, given):
     {"2": draw_figure2, "4": draw_figure4}[name](named, title, target)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rendering
-# ------------------------------------------------------------------------------------------------
-
+# ---- Rendering -----------------------------------------------------------------------------------
 
 def markdown(header, rows):
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
@@ -352,10 +344,7 @@ def render_speed(speeds):
                      "MB: ours", "instead", "ratio", "device"], map(speed_row, lines.values()))
 
 
-# ------------------------------------------------------------------------------------------------
-# README's blocks
-# ------------------------------------------------------------------------------------------------
-
+# ---- README's blocks -----------------------------------------------------------------------------
 
 def render_block(words, results, parse):
     """What stands below <!-- words -->: runs; speed; or a table, 3/2 its second block alone."""

@@ -41,9 +41,7 @@ from conftest import (
 from lab.checkpoint import load_checkpoint, newest
 from lab.runtime import Problem, write_file
 
-# ------------------------------------------------------------------------------------------------
-# A run is never lost: resume is exact
-# ------------------------------------------------------------------------------------------------
+# ---- A run is never lost: resume is exact --------------------------------------------------------
 
 # twelve steps with everything that is random or annealed: 4 an epoch, saved after each
 EXACT = f"{FOLDER} --epochs 3 --augment ++ --flip --loss spread --save-every 0 --output-dir run"
@@ -381,9 +379,7 @@ def test_epochs_may_grow_with_the_run_as_if_planned(reference, place):
     assert done.code == 0 and "already finished" in done.out
 
 
-# ------------------------------------------------------------------------------------------------
-# Several processes
-# ------------------------------------------------------------------------------------------------
+# ---- Several processes ---------------------------------------------------------------------------
 
 GLOBAL = f"{FOLDER} --workers 0 --weight-decay 0 --output-dir run"
 
@@ -489,10 +485,7 @@ def test_torchrun_restarts_by_itself(place, tmp_path_factory):
     assert_same_run(place / "run", whole / "run")
 
 
-# ------------------------------------------------------------------------------------------------
-# Load
-# ------------------------------------------------------------------------------------------------
-
+# ---- Load ----------------------------------------------------------------------------------------
 
 def watch_resources(every, file):
     """Append resident kilobytes and open files to `file` at every so many steps."""

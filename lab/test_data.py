@@ -44,9 +44,7 @@ def afresh(monkeypatch):
 def load(**fields):
     return load_data(make_config(**fields), CPU)
 
-# ------------------------------------------------------------------------------------------------
-# Data sets in their own formats, whole and damaged
-# ------------------------------------------------------------------------------------------------
+# ---- Data sets in their own formats, whole and damaged -------------------------------------------
 
 COUNTS = {"train": 24, "test": 9}
 TENSORS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
@@ -610,10 +608,7 @@ def test_the_hardest_classes_are_those_resnet18_gets_wrong_most_often(tmp_path, 
     assert hard_classes(config, tmp_path) == [f"n{k:04}" for k in hard]    # asked only once
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentation   [App. C]
-# ------------------------------------------------------------------------------------------------
-
+# ---- Augmentation   [App. C] ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("channels, room", [(1, 2), (3, 2), (3, 6)])
 @pytest.mark.parametrize("flip", [False, True])

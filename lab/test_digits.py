@@ -7,10 +7,7 @@ from matplotlib.ft2font import FT2Font
 
 from lab.digits import CELL, GLYPH, POSE, TYPEFACES, draw_digits, pose_glyphs, rasterise
 
-# ------------------------------------------------------------------------------------------------
-# Printed digits
-# ------------------------------------------------------------------------------------------------
-
+# ---- Printed digits ------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def sheet():

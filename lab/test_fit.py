@@ -25,9 +25,7 @@ from lab.runtime import Problem
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
-# ------------------------------------------------------------------------------------------------
-# Networks and data small enough to be done by hand
-# ------------------------------------------------------------------------------------------------
+# ---- Networks and data small enough to be done by hand -------------------------------------------
 
 WEIGHTS = np.array([.5, -.3, .8, .2, .4, -.1])             # w, then a
 PULL = np.array([.3, -.2, .5, .1, .7, -.4])                # the gradient of the feedback
@@ -132,10 +130,7 @@ def record_steps(monkeypatch):
     return calls
 
 
-# ------------------------------------------------------------------------------------------------
-# A step
-# ------------------------------------------------------------------------------------------------
-
+# ---- A step --------------------------------------------------------------------------------------
 
 def softmax(s):
     e = np.exp(s - s.max())
@@ -300,10 +295,7 @@ def test_precision_and_memory_format_reach_the_convolutions(amp, channels_last, 
     assert values.dtype == numbers(run.net).dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------
-# An epoch
-# ------------------------------------------------------------------------------------------------
-
+# ---- An epoch ------------------------------------------------------------------------------------
 
 def test_an_epochs_line_and_log_are_the_means_of_its_steps(trial, monkeypatch, capsys):
     """Eleven images in batches of four: two steps, and three images are left for another time."""
@@ -418,10 +410,7 @@ def test_the_random_state_goes_on_where_a_run_was_cut_off(trial, monkeypatch):
         assert torch.equal(weights[0][name], weights[1][name])
 
 
-# ------------------------------------------------------------------------------------------------
-# An evaluation
-# ------------------------------------------------------------------------------------------------
-
+# ---- An evaluation -------------------------------------------------------------------------------
 
 def scores_by_hand(net, image, mean, std):
     """Of one image (C, H, W) in [0, 255]: probabilities, or lengths as they are."""
@@ -526,10 +515,7 @@ def test_the_best_epoch_is_no_result(train_error, outcome, trial):
     assert result["parameters"] == run.net.weight.numel()
 
 
-# ------------------------------------------------------------------------------------------------
-# A trained network in use
-# ------------------------------------------------------------------------------------------------
-
+# ---- A trained network in use --------------------------------------------------------------------
 
 @pytest.mark.parametrize("channels, logits", [(1, True), (3, False)])
 def test_predict_names_the_likeliest_class_first(channels, logits, trial, capsys):
@@ -566,10 +552,7 @@ def test_test_only_normalises_as_training_did(augment, trial, capsys):
         in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------
-# What a run is asked to be
-# ------------------------------------------------------------------------------------------------
-
+# ---- What a run is asked to be -------------------------------------------------------------------
 
 def loaded(pictures, **fields):
     return load_data(make_config(dataset="folder", data_path=str(pictures), **fields), CPU)
@@ -636,10 +619,7 @@ def test_what_is_given_goes_before_fast_before_the_data_sets_before_the_papers()
     assert make_config(dataset="cifar10").set == {}
 
 
-# ------------------------------------------------------------------------------------------------
-# Feedback units that have stopped to look
-# ------------------------------------------------------------------------------------------------
-
+# ---- Feedback units that have stopped to look ----------------------------------------------------
 
 def test_told_apart_of_known_features():
     unit = encapnet.FeedbackUnit(4, 4, types=1, stride=1, extractor=False)
@@ -679,9 +659,7 @@ def test_told_apart_is_logged_of_every_unit_once_an_epoch(trial):
     assert any(.01 < share < .99 for share in expected), expected
 
 
-# ------------------------------------------------------------------------------------------------
-# The path of a GPU, without one
-# ------------------------------------------------------------------------------------------------
+# ---- The path of a GPU, without one --------------------------------------------------------------
 
 SHALLOW = dict(types=2, depths=(1, 1, 1, 1))
 NARROW = {"encapnet": SHALLOW, "encapnet-v2": SHALLOW, "encapnet-v3": SHALLOW,
@@ -804,9 +782,7 @@ def test_a_step_in_bfloat16_is_near_the_one_in_float32(model, digits, trial):
     assert .5 < half_gradient.norm() / gradient.norm() < 2
 
 
-# ------------------------------------------------------------------------------------------------
-# Learning
-# ------------------------------------------------------------------------------------------------
+# ---- Learning ------------------------------------------------------------------------------------
 
 SIX, WIDER = dict(types=4), dict(types=4, depths=(1, 1, 1, 1))
 DIGITS = dict(dataset="digits", train_images=4000, test_images=1000, epochs=3)

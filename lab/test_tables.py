@@ -24,9 +24,7 @@ from lab.paper import TABLES
 from lab.runtime import Diverged, Problem
 from lab.tables import asked_parts, obtain_all, part_cells, read_lines, row_config, summary
 
-# ------------------------------------------------------------------------------------------------
-# Tables, figures, report, bench in miniature
-# ------------------------------------------------------------------------------------------------
+# ---- Tables, figures, report, bench in miniature -------------------------------------------------
 
 MINIATURE = "--dataset folder --epochs 1 --train-images 8 --test-images 6 --batch-size 4"
 
@@ -62,10 +60,7 @@ def test_a_table_runs_and_stands_beside_the_papers(cli, quick):
     assert Path("runs/table-5.md").read_text().strip() == text.strip()
 
 
-# ------------------------------------------------------------------------------------------------
-# A row builds what it is called
-# ------------------------------------------------------------------------------------------------
-
+# ---- A row builds what it is called --------------------------------------------------------------
 
 USUAL = dict(coefficients="both", skips="I II", aide=3, squashed=False, units=0, divergence="ot",
              bias_fix=True, plan_grad=False, extractor=True, generator="capsule", cost="cosine",
@@ -239,10 +234,7 @@ def test_table_2_is_the_built_network(cli):
         "--table 2 --set types=2 --set depths=(1,1) --set dims=(1,2,4)").out
 
 
-# ------------------------------------------------------------------------------------------------
-# The runner: what is known is not run again
-# ------------------------------------------------------------------------------------------------
-
+# ---- The runner: what is known is not run again --------------------------------------------------
 
 def result(config, seed=None, **values):
     """A line of results.jsonl, as fit gives it."""
@@ -340,10 +332,7 @@ def test_a_tables_set_reaches_the_networks_that_have_it():
                       "cnn-similar": {"width": 2.375 / 4, "tipes": 3}}
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------
-
+# ---- Figures -------------------------------------------------------------------------------------
 
 @pytest.fixture
 def drawn(monkeypatch):
@@ -488,10 +477,7 @@ def test_a_figure_without_results_says_so(cli):
     assert_one_line(cli("--figure 4"), "nothing to draw", "Table 3", code=1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rendering
-# ------------------------------------------------------------------------------------------------
-
+# ---- Rendering -----------------------------------------------------------------------------------
 
 def published(*lines):
     Path("results").mkdir(exist_ok=True)
@@ -676,10 +662,7 @@ def test_the_readme_agrees_with_the_published_results(monkeypatch, capsys):
     assert train.main(["--report", "--check"]) == 0, capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------
-# Studies of ours
-# ------------------------------------------------------------------------------------------------
-
+# ---- Studies of ours -----------------------------------------------------------------------------
 
 def test_rows_of_the_study_of_routing_build_what_they_are_called():
     *iterations, over_j = TABLES["routing"]

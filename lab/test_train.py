@@ -22,10 +22,7 @@ from lab.fit import learning_rate
 from lab.runtime import Problem, count, guarded
 from lab.use import load
 
-# ------------------------------------------------------------------------------------------------
-# Command line and Config
-# ------------------------------------------------------------------------------------------------
-
+# ---- Command line and Config ---------------------------------------------------------------------
 
 def test_the_default_run_in_small(cli, place):
     done = cli("--train-images 64 --test-images 20 --set types=2 --epochs 2")
@@ -143,10 +140,7 @@ def test_a_short_run_s_milestones_lie_within_its_epochs():
     assert make_config(dataset="cifar10", epochs=2, schedule="one-cycle").milestones == (1, 1, 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# A trained network
-# ------------------------------------------------------------------------------------------------
-
+# ---- A trained network ---------------------------------------------------------------------------
 
 def test_test_only_repeats_the_result(trained, cli):
     error = json.loads((trained / "result.json").read_text())["error"]
@@ -241,9 +235,7 @@ def test_a_checkpoint_that_lacks_a_weight_does_not_fit(trained, cli):
     assert_one_line(cli("--resume less.pt --test-only"), "does not fit")
 
 
-# ------------------------------------------------------------------------------------------------
-# A run that starts from another's weights
-# ------------------------------------------------------------------------------------------------
+# ---- A run that starts from another's weights ----------------------------------------------------
 
 BEGUN = f"{FOLDER} --train-images 20 --epochs 0 --seed 5 --output-dir"   # before training
 
@@ -301,9 +293,7 @@ def test_a_compiled_run_and_a_plain_one_continue_each_other(cli, place):
     assert cli("--resume run --compile --epochs 3").code == 0
 
 
-# ------------------------------------------------------------------------------------------------
-# Fuzz: no traceback ever reaches a user
-# ------------------------------------------------------------------------------------------------
+# ---- Fuzz: no traceback ever reaches a user ------------------------------------------------------
 
 FLAGS = [f for a in train.make_parser()._actions for f in a.option_strings
          if f not in ("-h", "--help", "--debug")]

@@ -21,10 +21,7 @@ from lab.fit import build_run, classification_loss, environment, start, train_st
 from lab.measure import call, first
 from lab.runtime import RUNS, guarded, say, write_file
 
-# ------------------------------------------------------------------------------------------------
-# EM routing
-# ------------------------------------------------------------------------------------------------
-
+# ---- EM routing ----------------------------------------------------------------------------------
 
 def routing_statistics(votes, activation, mu, R):
     """What an M-step rests on, and what the next E-step compares.
@@ -77,10 +74,7 @@ def em(data_path, rounds=5, images=16):
     return figure, found
 
 
-# ------------------------------------------------------------------------------------------------
-# The burst
-# ------------------------------------------------------------------------------------------------
-
+# ---- The burst -----------------------------------------------------------------------------------
 
 def observed_step(run, images, labels, draws):
     """A training step -> [margin's gradient, weighted divergence's, rate of modules].
