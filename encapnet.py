@@ -474,18 +474,13 @@ def unit(z):
     return z / torch.where(length > 0, length, 1.0)
 
 
-def angle_cost(x, y):
-    """1 - cos(x, y) of unit vectors."""
-    return 1 - x @ y.mT
-
-
 @full_precision
 def cosine_cost(x, y):
     """1 - cos(x, y), in [0, 2]; a zero vector costs 1 against anything.
 
     x: (..., n, d);  y: (..., m, d) -> (..., n, m)
     """
-    return angle_cost(unit(x), unit(y))
+    return 1 - unit(x) @ unit(y).mT
 
 
 @full_precision
@@ -498,7 +493,7 @@ def l2_cost(x, y):
 
 
 COSTS = {    # name: what prepares a cloud, the cost between two prepared ones, its upper bound
-    "cosine": (unit, angle_cost, 2.0), "l2": (nn.Identity(), l2_cost, None)}
+    "cosine": (unit, lambda x, y: 1 - x @ y.mT, 2.0), "l2": (nn.Identity(), l2_cost, None)}
 
 
 @full_precision
