@@ -20,7 +20,7 @@ import torch
 
 import encapnet
 from encapnet import RoutedCapsules, squash
-from lab.config import Parser, make_config
+from lab.config import Parser, as_json, make_config
 from lab.data import Data, Split
 from lab.figures import draw_scaling
 from lab.fit import build_run, environment, record, start, train_step
@@ -117,7 +117,7 @@ COST = ("model", "set", "image_size", "amp", "compile", "channels_last")     # a
 
 def costs_of(config, lines):
     """Those of bench_step's lines that have these settings, with any batch and device."""
-    return [line for line in lines if all(line.get(name) == getattr(config, name) for name in COST)]
+    return [line for line in lines if as_json(config, COST).items() <= line.items()]
 
 
 def bench_step(config, seconds=3.0):
@@ -138,7 +138,7 @@ def bench_step(config, seconds=3.0):
 
     (step, net), memory = peak_memory(begin, device)
     whole, _ = timed(step, lambda: (tick(None), step(tick=tick)), budget=seconds)
-    line = {**{name: getattr(config, name) for name in COST}, "batch": config.batch_size,
+    line = {**as_json(config, COST), "batch": config.batch_size,
             "parameters": sum(p.numel() for p in net.parameters()), "train_step_seconds": whole,
             "images_per_second": config.batch_size / whole, "memory_MB": memory / 1e6,
             "device": environment(device)["device"],
@@ -249,7 +249,7 @@ def with_pot(x, y):
 def with_pot_batch(x, y):
     """Eq. (11) by the fastest of POT's batch solvers, its three problems at once."""
     from ot.batch import bregman_projection_batch
-    Q = torch.stack([encapnet.cosine_cost(*pair) for pair in ((x, y), (x, x), (y, y))])
+    Q = torch.stack(encapnet.ground_costs(x, y, "cosine", bias_fix=True))
     marginals = [torch.full(Q.shape[:-1], 1 / n).to(Q) for n in Q.shape[1:]]
     plan = bregman_projection_batch((-Q.detach() / EPS).exp(), *marginals,
                                     max_iter=ITERATIONS, tol=0)["T"]

@@ -208,11 +208,15 @@ def tested_on(config):
     return "held-out" if config.hold_out else "test"
 
 
+def as_json(config, names):
+    """Fields as a line of results has them: tuples are lists."""
+    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
+
+
 def identity(config):
-    """The fields that decide a result, as plain JSON; epochs apart, which may grow."""
-    fields = [f.name for f in dataclasses.fields(Config) if not f.metadata["free"]]
-    plain = json.loads(json.dumps({name: getattr(config, name) for name in fields}))
-    return {**plain, "dataset": data_name(config)}
+    """The fields that decide a result, as JSON; epochs apart, which may grow."""
+    names = [f.name for f in dataclasses.fields(Config) if not f.metadata["free"]]
+    return {**as_json(config, names), "dataset": data_name(config)}
 
 
 def config_key(config):

@@ -11,6 +11,7 @@ import torch
 
 import encapnet
 from lab import bench
+from lab.config import make_config
 
 CPU = torch.device("cpu")
 TINY = dict(types=2, positions=16, in_dim=8, out=16, out_dim=16, iterations=3)
@@ -219,6 +220,13 @@ ROUTING = [("dynamic", 1, 4, 5), ("dynamic", 4, 10, 25), ("em", 1, 2, 12), ("em"
 def routing_costs(routing, forms, batch, shape):
     steps = [bench.routing_step(routing, form, batch, shape, CPU) for form in forms]
     return bench.costs(steps, CPU)
+
+
+def test_costs_are_found_for_a_keyword_that_is_a_tuple():
+    config = make_config(dataset="cifar10", set={"depths": (1, 1, 1, 1)})
+    line = {"model": "encapnet", "set": {"depths": [1, 1, 1, 1]}, "image_size": config.image_size,
+            "amp": False, "compile": False, "channels_last": False, "batch": 8}
+    assert bench.costs_of(config, [line, {**line, "set": {}}, {"model": "encapnet"}]) == [line]
 
 
 @pytest.mark.speed
