@@ -535,13 +535,12 @@ def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None, a=None, b=None):
             raise ValueError(f"{name} has shape {tuple(weights.shape)}: must be (..., {size})")
     # K >= e^-60 = 9e-27 and the scalings <= 1/K stay normal numbers in float32.
     if q_max is not None and q_max <= 60 * eps and a is None and b is None:
-        K = (-Q / eps).exp()                                             # Gibbs kernel
-        K_T = K.mT.contiguous()
-        a = K.new_ones(*Q.shape[:-2], 1, n)                              # scalings, no weights
+        K = (-Q / eps).exp().reshape(-1, n, m)                           # Gibbs kernel
+        a = K.new_ones(K.shape[0], n, 1)                                 # scalings, no weights
         for _ in range(iterations):                                      # Eq. (9)
-            b = (a @ K).reciprocal()                                     # (..., 1, m)
-            a = (b @ K_T).reciprocal() * (m / n)                         # (..., 1, n)
-        return a.mT * K * b / m                                          # Eq. (10)
+            b = torch.bmm(a.mT, K).reciprocal()                          # (., 1, m)
+            a = torch.bmm(K, b.mT).reciprocal() * (m / n)                # (., n, 1)
+        return (a * K * b / m).view(Q.shape)                             # Eq. (10)
     log_a = -math.log(n) if a is None else a.clamp_min(1e-37).log()[..., None]        # 0 -> e^-85
     log_b = -math.log(m) if b is None else b.clamp_min(1e-37).log()[..., None, :]
     log_P = -Q / eps

@@ -249,7 +249,7 @@ def with_pot(x, y):
 def with_pot_batch(x, y):
     """Eq. (11) by the fastest of POT's batch solvers, its three problems at once."""
     from ot.batch import bregman_projection_batch
-    Q = torch.stack(encapnet.ground_costs(x, y, "cosine", bias_fix=True))
+    Q = torch.stack([encapnet.cosine_cost(*pair) for pair in ((x, y), (x, x), (y, y))])
     marginals = [torch.full(Q.shape[:-1], 1 / n).to(Q) for n in Q.shape[1:]]
     plan = bregman_projection_batch((-Q.detach() / EPS).exp(), *marginals,
                                     max_iter=ITERATIONS, tol=0)["T"]
