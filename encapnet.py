@@ -334,8 +334,9 @@ class GroupedConv(nn.Conv2d):
     def forward(self, u):
         out = self.out_channels // self.groups
         n = math.gcd(max(1, 8 // out), self.groups)                      # types at once
-        blocks = self.weight.unflatten(0, (-1, n, out)).movedim(1, -1)   # (G/n, out, in, k, k, n)
-        blocks = torch.diag_embed(blocks, dim1=1, dim2=3)                # (., n, out, n, in, k, k)
+        own = torch.eye(n, dtype=torch.bool, device=u.device).view(n, 1, n, 1, 1, 1)
+        blocks = self.weight.unflatten(0, (-1, n, out)).unsqueeze(3)     # (., n, out, 1, in, k, k)
+        blocks = torch.where(own, blocks, 0.0)                           # (., n, out, n, in, k, k)
         return F.conv2d(u, blocks.flatten(3, 4).flatten(0, 2), self.bias, self.stride,
                         self.padding, self.dilation, self.groups // n)
 

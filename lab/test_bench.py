@@ -279,5 +279,4 @@ def test_speed_of_grouped_convolutions(types, monkeypatch):
 def test_speed_of_encapnet():
     steps = bench.network_steps(CPU, 16)
     seconds = dict(zip(steps, bench.timed(*steps.values(), budget=60.0), strict=True))
-    assert seconds["without feedback"] > 1.15 * seconds["--compile"]
     assert seconds["1 unit a module"] < 1.25 * seconds["without feedback"]
