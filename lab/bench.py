@@ -2,7 +2,7 @@
 
     python -m lab.bench routing      routing without votes against routing of votes
     python -m lab.bench sinkhorn     the divergence against POT and geomloss
-    python -m lab.bench network      EncapNet: what --compile saves, what feedback adds
+    python -m lab.bench network      EncapNet: what --compile and GroupedConv save, feedback adds
     python -m lab.bench scaling      what grows how; draws runs/scaling.png
 
 and of a whole step: python train.py --bench [--model M ...].  All is measured forward and backward,
@@ -152,25 +152,36 @@ def bench_step(config, seconds=3.0):
         record({"bench": line})
 
 
-def network_step(device, model="encapnet", batch=16, side=32, compile=False, **changes):
-    """A training step of a network, on a GPU in bfloat16 and channels-last."""
+def network_step(device, model="encapnet", batch=16, side=32, compile=False, grouped=True,
+                 **changes):
+    """A training step of a network, on a GPU in bfloat16 and channels-last.
+
+    grouped: False convolves a type a group, as torch does, in place of GroupedConv
+    """
     gpu = device.type == "cuda"
-    return training_step(make_config(
+    step, net = training_step(make_config(
         dataset="cifar10", model=model, set=changes, image_size=side, batch_size=batch,
-        device=str(device), channels_last=gpu, compile=compile, amp=gpu), device)[0]
+        device=str(device), channels_last=gpu, compile=compile, amp=gpu), device)
+    for layer in net.modules():
+        if isinstance(layer, encapnet.GroupedConv) and not grouped:
+            layer.__class__ = torch.nn.Conv2d
+    return step
 
 
-def network_steps(device, batch, **changes):
-    """{form: a training step of EncapNet v1}, compiled or with feedback units."""
-    step = partial(network_step, device, batch=batch, **changes)
+def network_steps(device, **changes):
+    """{form: a training step of EncapNet v1}: ours, compiled, what it replaces, feedback units."""
+    step = partial(network_step, device, **changes)
     return {"without feedback": step(feedback=0), "--compile": step(feedback=0, compile=True),
+            "a type a group": step(feedback=0, grouped=False),
             "1 unit a module": step(feedback=1), "2 units a module": step(feedback=2)}
 
 
 def bench_network(device):
-    """EncapNet v1: eager against --compile, and what feedback units add."""
-    batch = 128 if device.type == "cuda" else 16
-    compare(f"encapnet, batch {batch}, without feedback", network_steps(device, batch), device)
+    """EncapNet v1: eager against --compile and torch's convolutions, what feedback units add."""
+    batch = 128 if device.type == "cuda" else 64
+    for types in (8, 32):
+        compare(f"encapnet, {types} types, batch {batch}",
+                network_steps(device, types=types, batch=batch), device)
 
 
 # ---- Routing -------------------------------------------------------------------------------------

@@ -92,14 +92,16 @@ def test_forms_of_the_network_are_what_they_are_called(counted, monkeypatch):
     compiled, found = [], {}
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
     seen = counted(encapnet.FeedbackUnit, "generate")
-    for form, step in bench.network_steps(CPU, 2, **SMALL).items():
+    for form, step in bench.network_steps(CPU, batch=2, **SMALL).items():
         seen.clear()
         step()
         net = step.args[0].model
-        found[form] = len(seen), any(net is other for other in compiled)
+        grouped = any(isinstance(layer, encapnet.GroupedConv) for layer in net.modules())
+        found[form] = len(seen), any(net is other for other in compiled), grouped
         assert net.types == 2 and len(net.blocks) == 2 and len(step.args[1]) == 2
-    assert found == {"without feedback": (0, False), "--compile": (0, True),
-                     "1 unit a module": (2, False), "2 units a module": (4, False)}
+    assert found == {"without feedback": (0, False, True), "--compile": (0, True, True),
+                     "a type a group": (0, False, False), "1 unit a module": (2, False, True),
+                     "2 units a module": (4, False, True)}
 
 
 def test_every_peer_of_the_divergence_is_called(at_once, monkeypatch):
@@ -157,11 +159,12 @@ def test_sinkhorn_in_miniature(at_once):
 
 def test_network_in_miniature(at_once, monkeypatch):
     network_steps = bench.network_steps
-    monkeypatch.setattr(bench, "network_steps", lambda device, batch: network_steps(
-        device, 2, **SMALL))
+    monkeypatch.setattr(bench, "network_steps", lambda device, types, batch: network_steps(
+        device, batch=2, **{**SMALL, "types": types // 4}))
     bench.bench_network(CPU)
-    assert [line["instead"] for line in speed_lines()] == [
-        "--compile", "1 unit a module", "2 units a module"]
+    assert [(line["what"].split(",")[1], line["instead"]) for line in speed_lines()] == [
+        (f" {types} types", instead) for types in (8, 32) for instead in (
+            "--compile", "a type a group", "1 unit a module", "2 units a module")]
 
 
 def test_growth_is_of_the_curve_and_axis_that_it_says(monkeypatch, tmp_path):
@@ -262,21 +265,9 @@ def test_speed_of_the_divergence(name, faster):
 
 @pytest.mark.speed
 @pytest.mark.parametrize("types", [8, 32])
-def test_speed_of_grouped_convolutions(types, monkeypatch):
-    """Eight channels a group, eager and compiled, against torch's convolution of a type a group."""
-    step, compiled = (bench.network_step(CPU, batch=64, types=types, feedback=0, compile=compile)
-                      for compile in (False, True))
-
-    def plain():
-        with monkeypatch.context() as patch:
-            patch.setattr(encapnet.GroupedConv, "forward", torch.nn.Conv2d.forward)
-            step()
-    seconds = bench.timed(step, compiled, plain)
-    assert seconds[2] > 1.35 * seconds[0] and seconds[2] > 1.6 * seconds[1]
-
-
-@pytest.mark.speed
-def test_speed_of_encapnet():
-    steps = bench.network_steps(CPU, 16)
-    seconds = dict(zip(steps, bench.timed(*steps.values(), budget=60.0), strict=True))
-    assert seconds["1 unit a module"] < 1.25 * seconds["without feedback"]
+def test_speed_of_encapnet(types):
+    steps = bench.network_steps(CPU, types=types, batch=64)
+    seconds = dict(zip(steps, bench.timed(*steps.values()), strict=True))
+    ours, plain = seconds["without feedback"], seconds["a type a group"]
+    assert plain > 1.35 * ours and plain > 1.6 * seconds["--compile"]
+    assert seconds["1 unit a module"] < 1.25 * ours
