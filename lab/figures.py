@@ -109,11 +109,13 @@ def draw_figure2(lines, title, path):
     lines = {name: found[0]["moments"] for name, found in lines.items()}
     figure, axes = canvas(len(lines), max(map(len, lines.values())), height=2.6)
     figure.suptitle(legible(title), fontsize=10)
+    top = 1.05 * max(max(moment["percent"]) for moments in lines.values() for moment in moments)
     for row, (name, moments) in zip(axes, lines.items(), strict=True):
         for axis, moment in zip(row, moments, strict=False):
             shares, bins = moment["percent"], len(moment["percent"])
             centres = [(2 * k + 1) / bins - 1 for k in range(bins)]
             axis.bar(centres, shares, 2 / bins, color="0.75")
+            axis.set_ylim(0, top)
             axis.set_title(f"{name}, epoch {moment['epoch']}", fontsize=9)
             axis.tick_params(labelsize=7)
             twin = axis.twinx()

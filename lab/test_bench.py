@@ -264,10 +264,10 @@ def test_speed_of_the_divergence(name, faster):
 
 
 @pytest.mark.speed
-@pytest.mark.parametrize("types", [8, 32])
-def test_speed_of_encapnet(types):
+@pytest.mark.parametrize("types, faster, compiled", [(8, 1.35, 1.6), (32, 1.15, 1.2)])
+def test_speed_of_encapnet(types, faster, compiled):
     steps = bench.network_steps(CPU, types=types, batch=64)
     seconds = dict(zip(steps, bench.timed(*steps.values()), strict=True))
     ours, plain = seconds["without feedback"], seconds["a type a group"]
-    assert plain > 1.35 * ours and plain > 1.6 * seconds["--compile"]
-    assert seconds["1 unit a module"] < 1.25 * ours
+    assert plain > faster * ours and plain > compiled * seconds["--compile"]
+    assert seconds["1 unit a module"] < 1.3 * ours
