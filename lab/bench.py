@@ -162,8 +162,8 @@ def network_step(device, model="encapnet", batch=16, side=32, compile=False, gro
     step, net = training_step(make_config(
         dataset="cifar10", model=model, set=changes, image_size=side, batch_size=batch,
         device=str(device), channels_last=gpu, compile=compile, amp=gpu), device)
-    for layer in net.modules():
-        if isinstance(layer, encapnet.GroupedConv) and not grouped:
+    for layer in () if grouped else net.modules():
+        if isinstance(layer, encapnet.GroupedConv):
             layer.__class__ = torch.nn.Conv2d
     return step
 
