@@ -328,7 +328,7 @@ class GroupedConv(nn.Conv2d):
     """nn.Conv2d in which each capsule type has its own kernel, `groups=types`.
 
     Several types are computed at once, in groups of up to 8 output channels, with weights of 0
-    between types: alone, the 1 to 4 channels of a type are less work and take a CPU twice as long.
+    between types: alone, the 1 to 4 channels of a type are less work and still slower on a CPU.
     """
 
     def forward(self, u):

@@ -727,6 +727,33 @@ def test_capconv_computes_eight_channels_a_group(types, d, of_types, of_coeffici
     assert groups.seen == [of_types, types * d, of_coefficients, of_coefficients, of_types]
 
 
+class Written(TorchDispatchMode):
+    """Kernels that write an image of this many pixels."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels, self.kernels = pixels, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if any(isinstance(t, torch.Tensor) and t.numel() % self.pixels == 0
+               for t in tree_leaves(out)):
+            self.kernels.append(function)
+        return out
+
+
+def test_grouped_convolution_passes_over_no_image_more():
+    """Forward and backward of capConv: the same kernels write images as with torch's own."""
+    layer, found = CapConv(1, 2, 3, types=8, skip=True), []
+    for cls in (encapnet.GroupedConv, torch.nn.Conv2d):
+        for conv in (layer.master, layer.from_v1, layer.from_v2, layer.skip):
+            conv.__class__ = cls
+        with Written(7 * 11 * 13) as written:                         # primes: of images alone
+            layer(torch.zeros(7, 8, 11, 13, requires_grad=True)).sum().backward()
+        found.append(written.kernels)
+    assert found[0] == found[1] and len(found[0]) > 20
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel, stride, skip", [(3, 1, True), (3, 2, False), (1, 2, True),
                                                   (5, 1, False)])

@@ -307,7 +307,7 @@ def test_defaults_and_pots_halved_convention():
 
 
 def test_the_cosine_cost_takes_the_kernel_form(monkeypatch):
-    """At the paper's eps, in the divergence and in a unit; the log form is three times slower."""
+    """At the paper's eps, in the divergence and in a unit; the log form is slower."""
     monkeypatch.setattr(torch.Tensor, "log_softmax", None)
     assert sinkhorn_divergence(randn(0, 5, 3), randn(1, 5, 3)) > 0
     assert FeedbackUnit(2, 4, 2)(torch.randn(3, 2, 8, 8), torch.randn(3, 4, 4, 4)) > 0

@@ -253,7 +253,7 @@ def test_speed_of_digitcaps(batch, faster):
 
 
 @pytest.mark.speed
-@pytest.mark.parametrize("name, faster", [("ot.sinkhorn", 2.4), ("geomloss", 3),
+@pytest.mark.parametrize("name, faster", [("ot.sinkhorn", 2.5), ("geomloss", 3),
                                           ("POT batch, projection", 1.3)])
 def test_speed_of_the_divergence(name, faster):
     if name not in bench.divergences():
@@ -266,8 +266,10 @@ def test_speed_of_the_divergence(name, faster):
 @pytest.mark.speed
 @pytest.mark.parametrize("types, faster, compiled", [(8, 1.35, 1.6), (32, 1.15, 1.2)])
 def test_speed_of_encapnet(types, faster, compiled):
+    """Over a type a group; and over eager steps --compile gains at 8 types alone."""
     steps = bench.network_steps(CPU, types=types, batch=64)
     seconds = dict(zip(steps, bench.timed(*steps.values()), strict=True))
     ours, plain = seconds["without feedback"], seconds["a type a group"]
     assert plain > faster * ours and plain > compiled * seconds["--compile"]
-    assert seconds["1 unit a module"] < 1.3 * ours
+    assert types == 32 or ours > 1.15 * seconds["--compile"]
+    assert seconds["1 unit a module"] < 1.25 * ours
