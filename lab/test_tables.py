@@ -390,6 +390,9 @@ def test_figure_2_draws_every_routing_and_moment_where_it_says(cli, drawn):
     panels, twins = axes[:8], axes[8:]
     assert [axis.get_title() for axis in panels] == [
         f"{name}, epoch {epoch}" for name in ("Dynamic", "EM") for epoch in (0, 60, 240, 600)]
+    (limits,) = {axis.get_ylim() for axis in panels}                   # one scale for all shares
+    assert limits[0] == 0 and limits[1] > max(
+        bar.get_height() for axis in panels for bar in axis.patches)
     for axis, twin in zip(panels, twins, strict=True):
         name, epoch = re.fullmatch(r"(\w+), epoch (\d+)", axis.get_title()).groups()
         expected = moment(name.lower(), int(epoch))
