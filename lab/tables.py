@@ -347,14 +347,17 @@ def render_speed(speeds):
 # ---- README's blocks -----------------------------------------------------------------------------
 
 def render_block(words, results, parse):
-    """What stands below <!-- words -->: runs; speed; or a table, 3/2 its second block alone."""
+    """What stands below <!-- words -->: runs; speed; or a table, 3/2 its second block alone.
+
+    words: of a table also its flags, --row among them
+    """
     (runs, benches, speeds), (kind, *words) = results, shlex.split(words)
     if kind == "runs":
         return render_runs(runs)
     if kind == "speed":
         return render_speed(speeds)
-    (table, _, part), (_, given) = words[0].partition("/"), parse(words[1:])
-    blocks = render_table(table, given, runs, benches)
+    (table, _, part), (found, given) = words[0].partition("/"), parse(words[1:])
+    blocks = render_table(table, given, runs, benches, found.get("row", ()))
     if part:
         return blocks[int(part) - 1]
     return "\n\n".join([*blocks, f"`python train.py --table {shlex.join([table, *words[1:]])}`"])

@@ -633,7 +633,8 @@ def test_report_renders_and_checks(cli):
             file.write(json.dumps({"speed": line}) + "\n")
     words = "5 --dataset mnist --epochs 3"
     Path("README.md").write_text(f"before\n<!-- table {words} -->\nstale\n<!-- end -->\nafter\n"
-                                 "<!-- runs -->\n<!-- end -->\n<!-- speed -->\n<!-- end -->\n")
+                                 "<!-- runs -->\n<!-- end -->\n<!-- speed -->\n<!-- end -->\n"
+                                 f"<!-- table {words} --row random zero -->\n<!-- end -->\n")
     assert_one_line(cli("--report --check"), "does not agree", code=1)
     assert "stale" in Path("README.md").read_text()
     assert cli("--report").code == 0
@@ -642,7 +643,9 @@ def test_report_renders_and_checks(cli):
     text = Path("README.md").read_text()
     assert text.startswith("before") and "after" in text and "stale" not in text
     assert numbers(text, "4") == ["14.25", "10.00", "–", "1 seed, 3 epochs, H100"]
-    assert f"--table {words}" in text
+    assert f"--table {words}`" in text and f"--table {words} --row random zero`" in text
+    rows = re.findall(r"^\| (?!---)(\S.*?) \|", text.split("--row random zero -->")[1], re.M)
+    assert rows == ["random", "zero"]
     assert "| `python train.py --lr 1` | digits | 4.50 | 7 | 2.0 | 1m23s | a CPU |" in text
     assert "| 7 | never | 1m23s | a CPU |" in text
     assert numbers(text, "squash") == [*"loops 2.0 6.0 3.00 2 3 1.50".split(), "CPU, 1 thread"]
