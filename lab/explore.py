@@ -87,7 +87,7 @@ def draw_pose(run, figure, drawn=4000):
     left.set(xlabel="dimension", title="squared correlation, each alone")
     figure.colorbar(shown, ax=left)
     right.bar_label(right.bar(list(POSE), together.numpy(), color=figures.COLOURS[0]), fmt="%.2f")
-    right.set(ylim=(0, 1), title="$R^2$ of a linear fit on all of them, held out")
+    right.set(ylim=(0, 1), ylabel="$R^2$", title="a linear fit on all of them, held out")
     return dict(zip(POSE, together.tolist(), strict=True))
 
 
@@ -125,7 +125,8 @@ def draw_coefficients(run, figure, shown=3):
                               "negative": (m < 0).double().mean().item()}
         figure.colorbar(drawn, ax=two)
     density.axvline(1, color="0.5", lw=.8)
-    density.set(title="all types; grey: the start", yticks=[])
+    density.set(title="all types; grey: the start", xlabel="coefficient", ylabel="density",
+                yticks=[])
     density.legend(fontsize=7)
     return numbers
 
@@ -156,7 +157,8 @@ def draw_feedback(run, figure, shown=4):
         drawn = bars.bar(places, values, .2, label=label, color=figures.COLOURS[k])
         bars.bar_label(drawn, fmt="%.2f", fontsize=7)
     bars.set_xticks(range(len(units)), names)
-    bars.set(ylim=(None, 1.3), title="correlation of generated and real; share told apart", xlabel=
+    bars.set(ylim=(None, 1.3), ylabel="correlation, or share",
+             title="correlation of generated and real; share told apart", xlabel=
              "told apart: share of variance between samples in the features that a unit compares;\n"
              "near 0 all images look alike to the unit, and it feeds nothing back")
     bars.legend(ncols=4, loc="upper center", fontsize=8)

@@ -209,7 +209,9 @@ def draw_routing(parts, path):
                 series.setdefault(column, {})[int(iterations)] = list(errors.values())
         draw_series(axis, series, title=legible(data), xlabel="routing iterations",
                     ylabel="error (%), mean and 95 % interval", xticks=(1, 2, 3, 5))
-        axis.set_ylim(bottom=0)
+    top = max(axis.get_ylim()[1] for axis in axes[0])
+    for axis in axes[0]:
+        axis.set_ylim(0, top)
     axes[0, 0].legend(fontsize=8)
     save_figure(figure, path)
 

@@ -760,14 +760,17 @@ def test_studies_draw_paired_differences_and_errors(monkeypatch):
     few["weight decay 5e-3"] = {"200": {0: 12.0}, "500": {0: 5.0}}      # a line leaves points out
     figures.draw_few([("some data", few)], None)
     routing = {"1": {"EM": {0: 8.0, 1: 6.0}}, "3": {"EM": {0: 5.0, 1: 5.0}, "dynamic": {0: 9.0}}}
-    figures.draw_routing([("nothing", {}), ("some data", routing),
-                          ("over j", {"over j": routing["1"]})], None)
+    figures.draw_routing([("nothing", {}), ("some data", routing), ("others", {
+        "1": {"EM": {0: 80.0}}}), ("over j", {"over j": routing["1"]})], None)
     found = [{line.get_label(): list(zip(*line[0].get_data(), strict=True))
               for line in figure.axes[0].containers} for figure in drawn]
     assert found == [{"OT, lambda 1": [(200, -2)], "KL, lambda 10": [(200, 1)]},
                      {"weight decay 5e-3": [(200, 2), (500, -3)]},
                      {"EM": [(1, 7), (3, 5)], "dynamic": [(3, 9)]}]
-    assert [[axis.get_title() for axis in figure.axes] for figure in drawn] == 3 * [["some data"]]
+    assert [[axis.get_title() for axis in figure.axes] for figure in drawn] == [
+        *2 * [["some data"]], ["some data", "others"]]
+    (limits,) = {axis.get_ylim() for axis in drawn[2].axes}             # one scale
+    assert limits[0] == 0 and 80 < limits[1] < 100
     assert [drawn[1].axes[0].get_xticks(minor=minor).tolist() for minor in (False, True)] == \
         [[200, 500], []]
 
