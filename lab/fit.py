@@ -250,8 +250,6 @@ def begin(run, state):
             (run.folder / "result.json").unlink(missing_ok=True)         # of fewer epochs
         say(f"{run.folder}: going on after epoch {run.epoch}, step {run.step}")
     else:
-        if config.init:
-            start_from(run, config.init)
         look_at_routing(run)
     checkpoint.save(run, keep=False)                      # over a damaged one, if that it was
     checkpoint.write_log(run)
@@ -345,6 +343,8 @@ def fit(config):
     device = start(config)
     data = load_data(config, device)
     run = build_run(config, data, device)                 # or no folder is made
+    if config.init and not (config.output_dir and checkpoint.begun(Path(config.output_dir))):
+        start_from(run, config.init)
     folder = [config.output_dir or (checkpoint.numbered_folder(config) if rank() == 0 else "")]
     if world() > 1:
         dist.broadcast_object_list(folder)
