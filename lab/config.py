@@ -133,7 +133,7 @@ class Config:
     batch_size: int = train_option(128, help="over all processes", type=number(1))
     epochs: int = train_option(600, help="scales the milestones with it", free=True)
     clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
-                               "never, as in the paper; recipes digits and fast: 1", metavar="NORM")
+                               "never, as in the paper; digits and recipe fast: 1", metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")

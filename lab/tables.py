@@ -270,6 +270,8 @@ def caption(part, configs, given):
     changes = {name: known[name] for name in given if name in known and name not in elsewhere}
     changes |= given.get("set", {})
     if part.study:
+        if config.test_images and not config.hold_out:
+            changes = {"test_images": config.test_images, **changes}
         return error + changes_told(changes)
     if config.lam != Config.lam and len({config.lam for config in configs.values()}) == 1:
         changes["lam"] = config.lam
