@@ -124,8 +124,8 @@ def draw_figure2(lines, title, path):
             twin.set_ylim(bottom=0)
             twin.tick_params(labelsize=7, labelcolor=COLOURS[0])
         row[0].set_ylabel("% of votes (grey)", fontsize=8)
-        row[len(moments) - 1].set_xlabel("cosine of vote and capsule; blue: vote length",
-                                         fontsize=7)
+        twin.set_ylabel("length of votes (blue)", fontsize=8)
+    figure.supxlabel("cosine of vote and class capsule", fontsize=8)
     save_figure(figure, path)
 
 
