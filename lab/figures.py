@@ -164,6 +164,12 @@ def draw_series(axis, series, bars=interval, **labels):
     axis.grid(alpha=0.3)
 
 
+def plain_ticks(axis, values):
+    """Ticks of a logarithmic x axis at what was measured, as plain numbers."""
+    axis.set_xticks(values, map(str, values))
+    axis.set_xticks([], minor=True)
+
+
 def draw_few(parts, path):
     """Paired difference to the row without feedback, seed by seed, against the number of images.
 
@@ -184,9 +190,7 @@ def draw_few(parts, path):
     figure, axes = canvas(1, 1, width=7, height=3.6)
     draw_series(axes[0, 0], gains, title=legible(data), xscale="log", xlabel="training images",
                 ylabel="error, less that without feedback\n(points of %, mean and 95 % interval)")
-    ticks = [int(images) for images in base]
-    axes[0, 0].set_xticks(ticks, map(str, ticks))
-    axes[0, 0].minorticks_off()
+    plain_ticks(axes[0, 0], [int(images) for images in base])
     axes[0, 0].axhline(0, color="0.5", lw=0.8)
     axes[0, 0].legend(fontsize=8)
     save_figure(figure, path)
@@ -222,11 +226,10 @@ def draw_scaling(lines, path):
     figure, axes = canvas(2, len(sweeps), 2.9 * len(sweeps), 2.8)
     for row, unit in zip(axes, ("seconds", "MB"), strict=True):
         for axis, against in zip(row, sweeps, strict=True):
-            curves = {f"{line['of']}  n^{line['exponent']:.2f}": line for line in lines
-                      if (line["what"], line["against"]) == (unit, against)}
-            draw_series(axis, {label: {n: [y] for n, y in zip(line["values"], line["measured"],
-                                                              strict=True)}
-                               for label, line in curves.items()},
-                        xscale="log", yscale="log", xlabel=against, ylabel=unit)
-            axis.legend(fontsize=9)
+            found = [line for line in lines if (line["what"], line["against"]) == (unit, against)]
+            draw_series(axis, {f"{line['of']}  n^{line['exponent']:.2f}": {
+                n: [y] for n, y in zip(line["values"], line["measured"], strict=True)}
+                for line in found}, xscale="log", yscale="log", xlabel=against, ylabel=unit)
+            plain_ticks(axis, sorted({n for line in found for n in line["values"]}))
+            axis.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))   # above the lines
     save_figure(figure, path)
