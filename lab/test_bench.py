@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import encapnet
-from lab import bench
+from lab import bench, figures
 from lab.config import make_config
 
 CPU = torch.device("cpu")
@@ -172,6 +172,8 @@ def test_growth_is_of_the_curve_and_axis_that_it_says(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "divergence_step", lambda function, n, dim, device: n)
     monkeypatch.setattr(bench, "costs", lambda steps, device: [(n, n ** 2) for n in steps])
+    drawn, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda *args: drawn.append(args[0]) or save(*args))
     sweeps = [sweep for sweep in bench.SWEEPS if sweep[1] == "samples"]
     bench.bench_scaling(CPU, sweeps)
     lines = [line["scaling"] for line in results()]
@@ -180,6 +182,10 @@ def test_growth_is_of_the_curve_and_axis_that_it_says(monkeypatch, tmp_path):
     assert [line["exponent"] for line in lines] == pytest.approx([1, 2])
     assert lines[1]["measured"] == [n ** 2 for n in lines[1]["values"]]
     assert Path("runs/scaling.png").stat().st_size > 10_000
+    for axis, line in zip(drawn[0].axes, lines, strict=True):          # seconds above MB
+        ticks = [tick.get_text() for tick in axis.get_xticklabels()]
+        assert ticks == [str(n) for n in line["values"]] and axis.get_ylabel() == line["what"]
+        assert axis.containers[0][0].get_ydata().tolist() == line["measured"]
 
 
 def test_every_case_of_growth_is_what_its_axis_says(monkeypatch):
