@@ -82,7 +82,8 @@ def draw_run(history, images, answers, labels, classes, path):
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 4))
     left, right = top.subplots(1, 2)
     epochs = [e["epoch"] for e in history]
-    for axis, names, unit in ((left, ("loss", "feedback"), "loss"),
+    losses = ("loss", "feedback") if any(e["feedback"] for e in history) else ("loss",)
+    for axis, names, unit in ((left, losses, "loss"),
                               (right, ("train_error", "test_error"), "error (%)")):
         for name, colour in zip(names, COLOURS, strict=False):
             axis.plot(epochs, [e[name] for e in history], ".-", color=colour,

@@ -46,6 +46,14 @@ def test_names_of_any_script_and_length_stand_apart_below_their_images(drawn, tm
         assert abs(text.x0 + text.x1 - image.x0 - image.x1) < 2        # centred
 
 
+def test_curves_show_a_divergence_where_there_is_one(drawn, tmp_path):
+    for feedback, names in ((0.1, ["loss", "feedback"]), (0.0, ["loss"])):
+        history = [dict(epoch=1, loss=0.5, feedback=feedback, train_error=50, test_error=60)]
+        figures.draw_run(history, (), (), (), (), tmp_path / "run.png")
+        shown = drawn[-1].axes[0].get_legend_handles_labels()
+        assert [*shown[0][-1].get_ydata()] == [feedback or 0.5] and shown[1] == names
+
+
 def test_legible_words_are_the_user_s_where_a_typeface_has_them(monkeypatch):
     assert figures.legible("naïve café_1 (x)") == "naïve café_1 (x)"
     assert figures.legible("a\nb") == r"a\nb" and figures.legible("$5") == r"\$5"

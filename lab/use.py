@@ -78,7 +78,8 @@ def predict(paths, given):
         try:
             scores = net(transform(file))[0][0]
         except Exception as error:                                       # PIL raises all kinds
-            print(f"{file}: cannot read it ({reason(error)})")
+            why = getattr(error, "strerror", None) or error
+            print(f"{file}: cannot read it ({reason(why)})")
             bad += 1
             continue
         values, order = (scores.softmax(0) if net.logits else scores).sort(descending=True)
