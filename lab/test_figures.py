@@ -47,11 +47,12 @@ def test_names_of_any_script_and_length_stand_apart_below_their_images(drawn, tm
 
 
 def test_curves_show_a_divergence_where_there_is_one(drawn, tmp_path):
-    for feedback, names in ((0.1, ["loss", "feedback"]), (0.0, ["loss"])):
-        history = [dict(epoch=1, loss=0.5, feedback=feedback, train_error=50, test_error=60)]
+    for last, names in ((0.1, ["loss", "feedback"]), (0.0, ["loss"])):
+        history = [dict(epoch=epoch, loss=0.5, feedback=feedback, train_error=50, test_error=60)
+                   for epoch, feedback in ((1, 0.0), (2, last))]
         figures.draw_run(history, (), (), (), (), tmp_path / "run.png")
-        shown = drawn[-1].axes[0].get_legend_handles_labels()
-        assert [*shown[0][-1].get_ydata()] == [feedback or 0.5] and shown[1] == names
+        lines, shown = drawn[-1].axes[0].get_legend_handles_labels()
+        assert shown == names and [*lines[-1].get_ydata()] == ([0.0, last] if last else [0.5, 0.5])
 
 
 def test_legible_words_are_the_user_s_where_a_typeface_has_them(monkeypatch):

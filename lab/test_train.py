@@ -182,6 +182,7 @@ def test_predict_a_folder_goes_on_after_an_image_that_cannot_be_read(trained, cl
     bad = [line for line in done.out.splitlines() if "cannot read" in line]
     assert len(done.out.splitlines()) == 8 and len(bad) == 3 and "notes" not in done.out
     assert "missing.png: cannot read it (No such file or directory)" in bad
+    assert any("text.png: cannot read it (cannot identify image" in line for line in bad)
     Path("empty").mkdir()
     assert_one_line(cli(f"--resume {trained} --predict empty"), "no images in empty")
 
