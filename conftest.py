@@ -220,7 +220,7 @@ def nan_loss(k):
 
 
 def nan_feedback(k):
-    cls, count = encapnet.MODELS["encapnet-small"][0], iter(range(1, 10**9))
+    cls, count = encapnet.MODELS["encapnet-small"].network, iter(range(1, 10**9))
     true = cls.forward
 
     def forward(self, x):

@@ -32,7 +32,6 @@ from lab import bench
 from lab.checkpoint import load_checkpoint, newest, run_folder
 from lab.config import (
     DATASETS,
-    MODEL_SIDE,
     MODELS,
     RECIPES,
     Config,
@@ -137,10 +136,13 @@ def train(given):
 def show_list():
     print("models, with what sets them apart (--set changes it):")
     for name in MODELS:
-        cls, keywords = encapnet.MODELS.get(name, (None, {}))
-        side = MODEL_SIDE.get(name, 0)
-        about = [f"{side}x{side} images"] * (side > 0) + [f"{k}={v}" for k, v in keywords.items()]
-        print(f"  {name:18}", cls.__name__ if cls else f"torchvision.models.{name}", *about)
+        model = encapnet.MODELS.get(name)
+        if model is None:
+            print(f"  {name:18} torchvision.models.{name}")
+            continue
+        side = model.image_size
+        print(f"  {name:18} {model.network.__name__}, {model.parameters:,} parameters,",
+              f"{side}x{side} images", *(f"{k}={v}" for k, v in model.keywords.items()))
     print("data sets:")
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")

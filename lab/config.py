@@ -37,11 +37,10 @@ DATASETS = {
 PEERS = {"resnet101": {}, "wide_resnet101_2": {}, "vgg16": {},
          "googlenet": dict(aux_logits=False, init_weights=True)}
 MODELS = (*encapnet.MODELS, *PEERS)
-MODEL_SIDE = {"encapnet-v2": 128, "encapnet-v3": 224}
 
 
 def has_logits(model):
-    return model in PEERS or encapnet.MODELS[model][0].logits
+    return model in PEERS or encapnet.MODELS[model].network.logits
 
 
 # ---- Arguments of a command line -----------------------------------------------------------------
@@ -185,7 +184,8 @@ def make_config(**given):
         collide = config.schedule == "steps" and len(set(whole)) < len(whole)
         config.milestones = tuple(scaled) if collide else whole
     source = DATASETS[config.dataset]
-    config.image_size = config.image_size or max(source.side, MODEL_SIDE.get(config.model, 0))
+    usual = encapnet.MODELS[config.model].image_size if config.model in encapnet.MODELS else 0
+    config.image_size = config.image_size or max(source.side, usual)
     if config.model == "encapnet" and config.image_size >= 128:
         config.set = {"stem_stride": 4, **config.set}                    # our choice
     if "flip" not in given:
