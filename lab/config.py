@@ -108,7 +108,7 @@ class Config:
     augment: str = data_option("none", choices=AUGMENT,
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
     flip: bool = data_option(False, help="mirror training images at random (++: yes, digits: no)")
-    class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it")
+    class_list: str = data_option("", help="h-imagenet: a file of other classes")
     unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
                                   "report; trust: do not look beforehand", free=True,
                                   choices=("stop", "skip", "trust"))
