@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from lab.config import Config, data_name, identity
+from lab.config import Config
+from lab.results import data_name, identity
 from lab.runtime import RUNS, Diverged, Problem, rank, reason, say, world, write_file
 
 SAVED = ("epoch", "step", "totals", "history", "seconds", "moments", "header")

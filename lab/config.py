@@ -1,13 +1,10 @@
-"""What a run is asked to be: Config, whose fields are the flags, recipes, what names a result."""
+"""What a run is asked to be: Config, whose fields are the flags, and recipes."""
 import argparse
 import ast
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import encapnet
@@ -110,7 +107,7 @@ class Config:
     augment: str = data_option("none", choices=AUGMENT,
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
     flip: bool = data_option(False, help="mirror training images at random (++: yes, digits: no)")
-    class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it")
+    class_list: str = data_option("", help="h-imagenet: a file of other classes")
     unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
                                   "report; trust: do not look beforehand", free=True,
                                   choices=("stop", "skip", "trust"))
@@ -158,7 +155,6 @@ RECIPES = {    # what a data set changes in the paper's settings
     "imagenet": dict(batch_size=256),
 }
 FAST = dict(schedule="one-cycle", epochs=30, batch_size=512, lr=4e-3, weight_decay=5e-4, clip=1.0)
-LATER = {"clip": 0.0, "resample": False, "hold_out": False, "init": ""}    # than some results
 
 
 def merge(*layers):
@@ -198,29 +194,6 @@ def make_config(**given):
     return config
 
 
-def data_name(config):
-    """The name of the data in tables: a folder's own, so cifar10-jpeg is not taken for cifar10."""
-    return Path(config.data_path).resolve().name if config.dataset == "folder" else config.dataset
-
-
 def tested_on(config):
     """What an error is of: test images, or training images held out."""
     return "held-out" if config.hold_out else "test"
-
-
-def as_json(config, names):
-    """Fields as a line of results has them: tuples are lists."""
-    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
-
-
-def identity(config):
-    """The fields that decide a result, as JSON; epochs apart, which may grow."""
-    names = [f.name for f in dataclasses.fields(Config) if not f.metadata["free"]]
-    return {**as_json(config, names), "dataset": data_name(config)}
-
-
-def config_key(config):
-    """A name for the result, the same for every seed."""
-    fields = {**identity(config), "epochs": config.epochs, "seed": None}
-    fields = {k: v for k, v in fields.items() if k not in LATER or v != LATER[k]}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]

@@ -10,9 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.config import Config, data_name
+from lab.config import Config
 from lab.digits import draw_digits
 from lab.folders import HELD_BYTES, Files, chosen, drawn_by, load_folder, load_h_imagenet
+from lab.results import data_name
 from lab.runtime import Problem, count, rank, reason, world
 
 

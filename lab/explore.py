@@ -19,11 +19,12 @@ import torch.nn.functional as F
 
 import encapnet
 from lab import figures
-from lab.config import Parser, identity, number
+from lab.config import Parser, number
 from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import Run, classification_loss, environment, record
+from lab.fit import Run, classification_loss
 from lab.measure import call, spread, watch
+from lab.results import environment, identity, record
 from lab.runtime import Problem, guarded, say, write_file
 from lab.use import test_data, trained
 

@@ -2,10 +2,7 @@
 import dataclasses
 import json
 import math
-import platform
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,11 +16,12 @@ from tqdm import tqdm
 
 import encapnet
 from lab import checkpoint
-from lab.config import PEERS, Config, config_key, tested_on
+from lab.config import PEERS, Config, tested_on
 from lab.data import Data, augmented, load_data, normalised, shuffle
 from lab.figures import draw_run
 from lab.measure import agreement, call, evaluate, first, sample, told_apart
-from lab.runtime import RUNS, Problem, count, rank, say, start, world, write_file
+from lab.results import environment, record
+from lab.runtime import Problem, count, rank, say, start, world, write_file
 
 # ---- The network ---------------------------------------------------------------------------------
 
@@ -203,20 +201,6 @@ def clock(seconds):
 
 # ---- fit: a Config in, a result out --------------------------------------------------------------
 
-def environment(device):
-    """What a result depends on besides its Config."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-                         capture_output=True, text=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{device.type.upper()}, {count(torch.get_num_threads(), 'thread')}"
-    file = Path(sys.argv[0])
-    program = ["-m", f"lab.{file.stem}"] if file.parent.name == "lab" else [file.name]
-    return {"device": name, "processes": world(), "torch": str(torch.__version__),
-            "python": platform.python_version(),
-            "commit": git.stdout.strip() or None,
-            "command": shlex.join(["python", *program, *sys.argv[1:]])}
-
-
 def build_run(config, data, device):
     """A network with all that its training needs, before the first step."""
     torch.manual_seed(config.seed)
@@ -306,7 +290,7 @@ def finish(run):
     best = min(run.history, key=lambda e: e["test_error"], default={})
     result = {
         "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
-        "epochs": config.epochs, "key": config_key(config),
+        "epochs": config.epochs,
         "outcome": "at chance" if last.get("train_error", 0) > 0.95 * chance else "ok", **test,
         "multi_crop": multi_crop,
         **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
@@ -321,18 +305,9 @@ def finish(run):
     }
     if rank() == 0:
         draw_run(run.history, *sample(run, 24), run.data.classes, run.folder / "curves.png")
-        record(result)
         write_file(run.folder / "result.json", json.dumps(result, indent=1).encode())
+        record(result)
     return result
-
-
-def record(result):
-    """One line to runs/results.jsonl, after a line that a kill left torn if there is one."""
-    RUNS.mkdir(exist_ok=True)
-    file = RUNS / "results.jsonl"
-    torn = file.exists() and not file.read_bytes().endswith(b"\n")
-    with open(file, "a") as lines:
-        lines.write("\n" * torn + json.dumps(result) + "\n")
 
 
 def fit(config):

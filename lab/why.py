@@ -17,8 +17,9 @@ import encapnet
 from lab.config import Parser, make_config
 from lab.data import load_data, normalised, shuffle
 from lab.figures import COLOURS, canvas, draw_series, save_figure
-from lab.fit import build_run, classification_loss, environment, start, train_step
+from lab.fit import build_run, classification_loss, start, train_step
 from lab.measure import call, first
+from lab.results import environment
 from lab.runtime import RUNS, guarded, say, write_file
 
 # ---- EM routing ----------------------------------------------------------------------------------
