@@ -231,9 +231,9 @@ def caption(part, configs, given):
     known = {**identity(config), "epochs": config.epochs}
     changes = {name: known[name] for name in given
                if name in known and name not in ("set", "hold_out")}
-    changes |= {name: known[name] for name in ("test_images", "lam")
-                if len({getattr(c, name) for c in configs.values()}) == 1
-                and known[name] != getattr(Config, name)}
+    shared = ("lam",) if config.hold_out else ("lam", "test_images")
+    changes |= {name: known[name] for name in shared if known[name] != getattr(Config, name)
+                and len({getattr(c, name) for c in configs.values()}) == 1}
     changes |= given.get("set", {})
     ours = "; ours" if changes and not part.study else ""
     return f"{tested_on(config).capitalize()} error in %{ours}{changes_told(changes)}"

@@ -91,10 +91,10 @@ def ablations_of(config):
     """What is built, in the words of USUAL."""
     net = make_model(config, 10, 3)
     module, layers = net.blocks[0], [m for m in net.modules() if isinstance(m, encapnet.CapConv)]
-    (coefficients, squashed), = {(m.coefficients, m.branch_norms is not None) for m in layers}
+    (coefficients, squashed), = {(m.coefficients, len(m.branch_norms) == 2) for m in layers}
     aides = {(m.master.weight.shape[-1], m.aide.weight.shape[-1] if m.coefficients else None)
              for m in layers}                                          # every layer is alike
-    skips = " ".join(["I"] * (module.reduce.skip is not None) + ["II"] * module.skip)
+    skips = " ".join(["I"] * (module.reduce.skip is not None) + ["II"] * module.type_II_skip)
     built = dict(coefficients=coefficients, aide=tuple(dict(aides)[kernel] for kernel in (3, 1)),
                  squashed=squashed, skips=skips, lam=config.lam)
     assert len(aides) == 2
@@ -105,9 +105,8 @@ def units_of(net):
     """What feedback units are built, in the words of USUAL."""
     built = dict(units=len(net.units) // len(net.blocks))
     for unit in net.units:
-        built |= dict(divergence=unit.kind, bias_fix=unit.bias_fix, cost=unit.cost,
-                      eps=unit.sinkhorn["eps"], plan_grad=unit.sinkhorn["plan_grad"],
-                      extractor=unit.extractor is not None,
+        built |= {name: unit.sinkhorn[name] for name in ("eps", "cost", "bias_fix", "plan_grad")}
+        built |= dict(divergence=unit.divergence, extractor=unit.extractor is not None,
                       generator="capsule" if unit.types else "vanilla")
     return built
 
@@ -237,8 +236,17 @@ def test_table_2_is_the_built_network(cli):
                                  ("resnet18", "2 ResidualBlock", "512 x 4 x 4")):
         block = out[out.index(f"**Table 2: {model}.**"):]
         assert block[8].startswith(f"| M4 | {layers} | {sizes} |"), block
-    assert "| M1 | 2 CapConv | 4 x 32 x 32 |" in cli(
-        "--table 2 --set types=2 --set depths=(1,1) --set dims=(1,2,4)").out
+    small = cli("--table 2 --set types=2 --set depths=(1,1) --set dims=(1,2,4)").out
+    # Type I: master, aide of 5x5, coefficients and their bias, skip, BatchNorm; then type II
+    first = 4 * 1 * 9 + 4 * 1 * 25 + 2 * 4 * 2 * 9 + 4 + 4 * 2 * 9 + 2 * 4
+    first += 4 * 2 * 1 + 4 * 2 * 9 + 2 * 4 * 2 * 9 + 4 + 2 * 4
+    second = 8 * 2 * 9 + 8 * 2 * 25 + 2 * 4 * 4 * 9 + 4 + 8 * 4 * 9 + 2 * 8
+    second += 8 * 4 * 1 + 8 * 4 * 9 + 2 * 4 * 4 * 9 + 4 + 2 * 8
+    for name, *cells in (("M0", "convolution", "2 x 32 x 32", "58"),
+                         ("M1", "2 CapConv", "4 x 32 x 32", f"{first:,}"),
+                         ("M2", "2 CapConv", "8 x 16 x 16", f"{second:,}"),
+                         ("classes", "CapFC", "10", f"{2 * 256 * 4 * 10:,}")):
+        assert numbers(small.split("**Table 2: resnet18")[0], name) == cells
 
 
 # ---- The runner: what is known is not run again --------------------------------------------------
@@ -276,6 +284,23 @@ def test_a_known_result_is_never_run_again_an_unknown_seed_is(faked, place, monk
     assert [runs[config_key(config), seed]["seed"] for seed in (1, 2)] == [1, 2]
     assert obtain_all({("one", ""): config}, 3, runs) == [] and len(asked) == 2
     assert len({c.output_dir for c in asked}) == 2                     # a folder a seed
+
+
+def test_seeds_are_counted_from_seed(cli, faked):
+    asked = faked()
+    assert cli("--table 5 --row learnable --seed 3 --seeds 2").code == 0
+    assert [config.seed for config in asked] == [3, 4]
+
+
+@pytest.mark.parametrize("crops, note", [
+    (False, "(the best epoch by test error, 2: 10.00 %)"),
+    (True, "(by the centre crop 14.00 %, the best epoch by test error, 2: 10.00 %)")])
+def test_a_runs_last_words_are_of_its_last_epoch_and_name_the_best(crops, note, cli, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda config: result(
+        config, error=12.5, epochs=3, seconds=83, folder="there", multi_crop=crops,
+        curves={"test_error": [30.0, 10.0, 14.0]},
+        best_by_test_error={"epoch": 2, "test_error": 10.0}))
+    assert f"\ntest error 12.50 % after 3 epochs and 1m23s {note}\n" in "\n" + cli().out
 
 
 def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch):
@@ -588,8 +613,9 @@ def test_captions_tell_what_was_asked_and_what_all_cells_share():
     asked = " error in %, dataset=digits, lam=0.5, batch_size=8, epochs=1"
     assert captions(f"lambda {words}") == [f"Held-out{asked}, types=4."]
     assert captions(f"few {words}")[1] == f"Test{asked}, test_images=2000, types=4."
-    assert captions("3 --dataset digits") == 2 * ["Test error in %; ours, dataset=digits, "
-                                                  "lam=0.1."] + ["Test error in %, dataset=digits."]
+    assert captions("3 --dataset digits --test-images 0") == [
+        *2 * ["Test error in %; ours, dataset=digits, test_images=0, lam=0.1."],
+        "Test error in %, dataset=digits, test_images=0."]             # whose rows differ in lam
     assert captions("3") == 3 * ["Test error in %."]                   # the paper's 10
 
 
@@ -720,8 +746,8 @@ def test_rows_of_the_study_of_routing_build_what_they_are_called():
     assert [make_model(config, 10, 1).routed[1].softmax for *_, config in cells_of(over_j)] \
         == ["out", "out"]
     for row, _, config in cells_of(starts):
-        layer = make_model(config, 10, 1).routed[0]
-        kind = "zero" if layer.b is None and layer.b0 is None else "learnable"
+        b = make_model(config, 10, 1).routed[0].b
+        kind = "zero" if b is None else "learnable" if b.requires_grad else "random"
         assert kind == row and config.image_size == 16
     assert len(cells_of(starts)) == 3 * 2
 
@@ -772,7 +798,7 @@ def test_rows_of_the_study_of_few_images_build_what_they_are_called():
         assert config.train_images == int(column) and config.resample and config.clip == 1
         unit, *_ = make_model(config, 10, 1).units
         found = dict(lam=config.lam, lr=config.lr, weight_decay=config.weight_decay,
-                     augment=config.augment, divergence=unit.kind)
+                     augment=config.augment, divergence=unit.divergence)
         assert found == usual | changed[row]
     built = {row: ablations_of(config) for row, _, config in cells_of(parts)}
     for row, wanted in {"no bias fix (d1)": dict(bias_fix=False), "two units": dict(units=2),
@@ -873,7 +899,10 @@ def test_no_two_series_of_a_plot_look_alike():
     assert len(looks) == len(TABLES["few"][0].rows)
 
 
-def test_an_interval_is_student_s():
-    """Two values a and b: mean +- 12.706 |a - b| / 2, from a table of t with one degree."""
-    middle, half = figures.interval([3.0, 5.0])
-    assert (middle, half) == pytest.approx((4, 12.706), rel=1e-4)
+@pytest.mark.parametrize("values, middle, half", [
+    ([3.0, 5.0], 4, 12.706 * 2 ** 0.5 / 2 ** 0.5),
+    ([1.0, 2.0, 6.0], 3, 4.303 * 7 ** 0.5 / 3 ** 0.5),
+    ([1.0, 2.0, 3.0, 4.0, 5.0], 3, 2.776 * 2.5 ** 0.5 / 5 ** 0.5)])
+def test_an_interval_is_student_s(values, middle, half):
+    """t with one, two and four degrees of freedom, from a table, times sd / sqrt(n)."""
+    assert figures.interval(values) == pytest.approx((middle, half), rel=3e-4)
