@@ -135,7 +135,8 @@ SMALL = dict(PHOTOGRAPHS, image_size=16, train_images=20000, epochs=10, batch_si
              schedule="one-cycle", lr=3e-3, clip=1.0, set=dict(types=8))
 ROUTING = dict(dataset="mnist", train_images=6000, test_images=2000, batch_size=64,
                schedule="one-cycle", lr=3e-3, set=dict(types=4))
-SGD_RATE = 1.0               # of 0.03 to 10, by the margin loss on every tenth training image
+LOSS_STUDY = dict(ROUTING, model="capnet-dynamic", image_size=16, epochs=2)
+SGD_RATE = 1.0                                    # chosen by the second part of the study of losses
 ROUTINGS = {f"{name}{', fifth convolution' * fifth}": use(model, fifth_conv=fifth)
             for name, model in (("dynamic", "capnet-dynamic"), ("EM", "capnet-em"))
             for fifth in (False, True)}
@@ -181,11 +182,13 @@ TABLES |= {
          "learnable": dict(set=dict(b_init="learnable"))})],
     "losses": [study(
         f"loss and optimizer: CapNet (dynamic), MNIST at 16x16, 6,000 images, 2 epochs, 4 types; "
-        f"SGD at a rate of {SGD_RATE:g}, the others at {ROUTING['lr']:g}",
-        dict(ROUTING, image_size=16, epochs=2, model="capnet-dynamic"),
+        f"SGD at a rate of {SGD_RATE:g}, the others at {ROUTING['lr']:g}", LOSS_STUDY,
         {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd", lr=SGD_RATE),
          "Adam": dict(optimizer="adam")},
-        {name: dict(loss=loss) for name, loss in LOSSES.items()})],
+        {name: dict(loss=loss) for name, loss in LOSSES.items()}), study(
+        "SGD's rate, by the margin loss on every tenth training image",
+        dict(LOSS_STUDY, optimizer="sgd", hold_out=True, test_images=0), {"error": {}},
+        {f"SGD, rate {lr:g}": dict(lr=lr) for lr in (0.3, 1.0, 3.0, 10.0)})],
     "augment": [study(
         "comparison in small: cifar10-jpeg at 16x16, 20,000 images, 10 epochs, ++ 15; 8 types, "
         "ResNet as wide", SMALL, {"EncapNet": use("encapnet"), "ResNet": use("resnet18")},

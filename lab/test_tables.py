@@ -754,7 +754,7 @@ def test_rows_of_the_study_of_routing_build_what_they_are_called():
 
 def test_the_small_studies_of_tables_4_and_5_build_what_they_are_called():
     """And Table 3's setting is that of the first, but for augmentation and mirror images."""
-    comparison, losses = cells_of(TABLES["augment"][0]), cells_of(TABLES["losses"][0])
+    comparison, losses, sgd = map(cells_of, (*TABLES["augment"], *TABLES["losses"]))
     augments = {"no augmentation": ("none", False, 10), "+": ("+", False, 10),
                 "++": ("++", True, 15)}
     setting = dict(data_path="data/cifar10-jpeg", image_size=16, train_images=20000,
@@ -777,6 +777,10 @@ def test_the_small_studies_of_tables_4_and_5_build_what_they_are_called():
         assert (config.loss, config.optimizer, config.lr) == (
             kinds[row], column.lower(), rates[column.lower()])
         assert (config.model, config.dataset, config.image_size) == ("capnet-dynamic", "mnist", 16)
+    margin, = (config for row, column, config in losses if (row, column) == ("margin", "SGD"))
+    rows = {row: config for row, _, config in sgd}
+    assert rows["SGD, rate 1"] == dataclasses.replace(margin, hold_out=True, test_images=0)
+    assert [config.lr for config in rows.values()] == [0.3, 1, 3, 10]
 
 
 def test_rows_of_the_study_of_few_images_build_what_they_are_called():
