@@ -38,6 +38,7 @@ Deviations from the print or the released code, and readings, explained where th
 import inspect
 import math
 from functools import partial, wraps
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -373,27 +374,30 @@ class ComplementConv(nn.Module):
 class CapConv(nn.Module):
     """Approximate routing: s = m1 v1 + m2 v2, BatchNorm, ReLU, squash.   [Eq. (6), Fig. 1c]
 
-    Deviation 2: k2 is not printed; 3x3 without the own type fits the parameters of Table 1's (f)
-    less (e).  The released code has k2 = k1 + 4 (aide_kernel), the own type too, and
-    squash_branches.
-    Deviation 6: type I's skip is grouped by type, so that no type meets another outside the aide;
-    both skips join before BatchNorm.  Coefficients have a bias that starts at 1: s = v1 + v2 + a
-    correction.
+    Deviation 2: k2 is not printed.  k2 = k1 + 2 fits the printed seconds of Table 1's (f) and (e);
+    the released code has k2 = k1 + 4 (aide_kernel), the own type too, and squash_branches.
+    Deviation 6: coefficients have a bias that starts at 1: s = v1 + v2 + a correction.
+    Reading 8: BatchNorm's weight starts at 1 / sqrt(out_dim), not at torch's 1.  After ReLU half of
+    |s|^2 is left, d / 2 for a weight of 1, so that lengths would start at 0.30 for d = 2 and at
+    0.86 for d = 16, where squash is flat; now they start alike, at 0.21 to 0.30.
     v1 = master(u): each type from itself, kernel k1;  v2 = aide(u): each type from all others, k2
     coefficients: what the m's are computed from, one number per type and position [Table 3 (1-4)]
-        "own" m1(v1), m2(v2);  "cross" m1(v2), m2(v1);  "both" m1(v1, v2), m2(v1, v2);  None: s = v1
-    skip: type I, adds a strided projection of u before BatchNorm; type II layers instead take
-        `residual`, which the module hands to the last of a chain   [Table 3 (5-7)]
+        "own" m1(v1), m2(v2);  "cross" m1(v2), m2(v1);  "both" m1(v1, v2), m2(v1, v2);
+        "fixed" m1 = m2 = 1;  None: s = v1
+    skip: type I, adds a strided 3x3 convolution of u, in which all types meet, before BatchNorm;
+        type II layers instead take `residual`, which the module hands to the last of a chain, also
+        before BatchNorm   [Table 3 (5-7)]
     squash_branches: BatchNorm, ReLU, squash in each branch too, as released
     u: (B, types*in_dim, H, W) -> (B, types*out_dim, ceil(H/stride), ceil(W/stride))
     """
 
     def __init__(self, in_dim, out_dim, kernel_size, stride=1, types=32, coefficients="both",
-                 aide_kernel=3, skip=False, squash_branches=False):
+                 aide_kernel=None, skip=False, squash_branches=False):
         super().__init__()
+        aide_kernel = kernel_size + 2 if aide_kernel is None else aide_kernel        # deviation 2
         if kernel_size % 2 == 0 or aide_kernel % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}, aide_kernel={aide_kernel}: must be odd")
-        check_choice("coefficients", coefficients, ("both", "own", "cross", None))
+        check_choice("coefficients", coefficients, ("both", "own", "cross", "fixed", None))
         if coefficients is not None and types == 1:
             raise ValueError(f"types=1: must be 2 or more with coefficients={coefficients!r} "
                              "(the aide sees the other types)")
@@ -406,16 +410,19 @@ class CapConv(nn.Module):
         self.master = grouped(low, high, kernel_size, stride)
         if coefficients is not None:
             self.aide = ComplementConv(in_dim, out_dim, aide_kernel, stride, types)
+        if coefficients in ("both", "own", "cross"):
             both = coefficients == "both"
             scalars = 2 * types if both else types                       # that a branch computes
             self.from_v1 = grouped(high, scalars, 3, bias=True)
             self.from_v2 = grouped(high, scalars, 3, bias=not both)      # both: their sum has one
             for branch in [self.from_v1] if both else [self.from_v1, self.from_v2]:
                 nn.init.ones_(branch.bias)                               # deviation 6
-        self.skip = grouped(low, high, 3, stride) if skip else None
+        self.skip = nn.Conv2d(low, high, 3, stride, padding=1, bias=False) if skip else None
         self.norm = nn.BatchNorm2d(high)
         self.branch_norms = nn.ModuleList(map(nn.BatchNorm2d, [high] * 2)) \
             if squash_branches and coefficients is not None else None
+        for norm in [self.norm, *(self.branch_norms or ())]:
+            nn.init.constant_(norm.weight, 1 / math.sqrt(out_dim))       # reading 8
 
     def end(self, s, norm):
         """BatchNorm, ReLU, squash."""
@@ -426,6 +433,9 @@ class CapConv(nn.Module):
         v1, v2 = self.master(u), self.aide(u)
         if self.branch_norms is not None:
             v1, v2 = map(self.end, (v1, v2), self.branch_norms)
+        if self.coefficients == "fixed":
+            m1 = m2 = torch.ones_like(v1[:, :self.types])
+            return v1, v2, m1, m2
         from_v1, from_v2 = self.from_v1(v1), self.from_v2(v2)
         if self.coefficients == "both":                                  # m1, m2 of a type adjoin
             m1, m2 = (from_v1 + from_v2).unflatten(1, (self.types, 2)).unbind(2)
@@ -813,10 +823,10 @@ class EncapNet(Network):
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, depths=(3, 3, 3, 3),
-                 dims=(1, 2, 4, 8, 16), types=32, coefficients="both", aide_kernel=3, skip="both",
-                 squash_branches=False, stem_stride=1, feedback=0, **unit):
+                 dims=(1, 2, 4, 8, 16), types=32, coefficients="both", aide_kernel=None,
+                 skip="both", squash_branches=False, stem_stride=1, feedback=0, **unit):
         super().__init__(num_classes, in_channels, image_size, types=types, depths=depths,
-                         dims=dims, stem_stride=stem_stride, aide_kernel=aide_kernel)
+                         dims=dims, stem_stride=stem_stride, aide_kernel=aide_kernel or 1)
         check_choice("skip", skip, ("both", "I", "II", None))
         if len(dims) != len(depths) + 1:
             raise ValueError(f"dims={dims!r}: must be one number more than depths={depths!r}")
@@ -839,24 +849,31 @@ class EncapNet(Network):
         return self.classes(capsules(u, self.types).flatten(1, 2)).norm(dim=-1)
 
 
-def six_layer_stem(in_channels, width, image_size):
-    """The four convolutions of Table 1 -> 8*width channels; and the side of their output."""
-    channels = (in_channels, width, 2 * width, 4 * width, 8 * width)
-    stem = nn.Sequential(*map(conv_bn_relu, channels[:-1], channels[1:], (1, 1, 2, 2)))
-    return stem, math.ceil(image_size / 4)
+def six_layer_stem(in_channels, types):
+    """The four convolutions that the networks of Table 1 share: (B, 8*types, H/4, W/4).
+
+    App. A prints "stride and padding is 3 and 1", which means kernel 3, padding 1.
+    """
+    channels = (in_channels, types, 2 * types, 4 * types, 8 * types)
+    return nn.Sequential(*map(conv_bn_relu, channels[:-1], channels[1:], (1, 1, 2, 2)))
 
 
 class EncapNet6(Network):
-    """Table 1 (e), (f): four convolutions, one capConv 8 -> 16 at 8x8, capFC.   [App. A.i]"""
+    """Table 1 (e), (f): four convolutions, a capConv 8 -> 16 from 8x8 to 4x4, capFC.   [App. A.i]
+
+    Stride 2 and the skip are those of the authors' logs, not of the print: with them (e) has the
+    1.69 million weights of Table 1 (25.8 Mb, 16 bits each).
+    """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32,
-                 coefficients="both", aide_kernel=3, skip=False):
-        super().__init__(num_classes, in_channels, image_size, types=types, aide_kernel=aide_kernel)
+                 coefficients="both", aide_kernel=None, skip=True):
+        super().__init__(num_classes, in_channels, image_size, types=types,
+                         aide_kernel=aide_kernel or 1)
         self.types = types
-        self.stem, side = six_layer_stem(in_channels, types, image_size)
-        self.capconv = CapConv(8, 16, 3, types=types, coefficients=coefficients,
+        self.stem = six_layer_stem(in_channels, types)
+        self.capconv = CapConv(8, 16, 3, stride=2, types=types, coefficients=coefficients,
                                aide_kernel=aide_kernel, skip=skip)
-        self.classes = CapFC(types * side ** 2, 16, num_classes)
+        self.classes = CapFC(types * math.ceil(image_size / 8) ** 2, 16, num_classes)
 
     def scores(self, u):
         return self.classes(capsules(self.capconv(u), self.types).flatten(1, 2)).norm(dim=-1)
@@ -876,11 +893,11 @@ class CapNet(Network):
                  fifth_conv=False):
         super().__init__(num_classes, in_channels, image_size, types=types)
         self.types, self.routing = types, routing
-        self.stem, side = six_layer_stem(in_channels, types, image_size)
+        self.stem, side = six_layer_stem(in_channels, types), math.ceil(image_size / 4)
         if fifth_conv:
             self.stem.append(conv_bn_relu(8 * types, 8 * types))
         options = dict(routing=routing, iterations=iterations, softmax=softmax, b_init=b_init,
-                       normalise=normalise, factored=factored, positions=side ** 2)
+                       normalise=normalise, factored=factored, positions=side ** 2, bias=True)
         self.routed = nn.ModuleList([
             RoutedCapsules(types, 8, types * side ** 2, 16, **options),
             RoutedCapsules(types, 16, num_classes, 16, gain=side, **options)])  # reading 8
@@ -901,21 +918,21 @@ class CapNet(Network):
 class CNN(Network):
     """Table 1 (c), (d): five convolutions, average pooling, a linear layer.   [App. A.i]
 
-    width: channels of the first convolution are 32*width, and so on in proportion
+    channels: of the five convolutions;  width: factor on them
     """
 
     logits = True
 
-    def __init__(self, num_classes=10, in_channels=3, image_size=32, *, width=1.0):
-        super().__init__(num_classes, in_channels, image_size)
+    def __init__(self, num_classes=10, in_channels=3, image_size=32, *,
+                 channels=(32, 64, 128, 256, 512), width=1.0):
+        super().__init__(num_classes, in_channels, image_size, channels=channels)
         check_positive(float, width=width)
-        base = max(1, round(32 * width))
-        self.stem, _ = six_layer_stem(in_channels, base, image_size)
-        self.conv = conv_bn_relu(8 * base, 16 * base)
-        self.classes = nn.Linear(16 * base, num_classes)
+        channels = [in_channels, *(max(1, round(width * c)) for c in channels)]
+        self.stem = nn.Sequential(*map(conv_bn_relu, channels[:-1], channels[1:], (1, 1, 2, 2, 1)))
+        self.classes = nn.Linear(channels[-1], num_classes)
 
     def scores(self, u):
-        return self.classes(self.conv(u).mean((2, 3)))
+        return self.classes(u.mean((2, 3)))
 
 
 class ResidualBlock(nn.Module):
@@ -971,22 +988,33 @@ class ResNet(Network):
 
 # ---- Registry: a model is a class and the keywords that make it ----------------------------------
 
+class Model(NamedTuple):
+    """network: its class;  keywords: of it;  parameters: of ten classes and colour images of this
+    image_size, the units' among them"""
+
+    network: type
+    keywords: dict
+    parameters: int
+    image_size: int = 32
+
+
 V2 = dict(depths=(23, 24, 24, 24), coefficients=(None, None, "both", "both"), stem_stride=4,
           feedback=2)
+SMALL = dict(depths=(1, 1, 1), dims=(2, 4, 8, 16), types=8, stem_stride=2, feedback=1,
+             aide_kernel=3)                                 # 3x3, so that a CPU has it sooner
 
-MODELS = {                                                          # parameters in millions
-    "encapnet":        (EncapNet, dict(feedback=2)),                # 12.118  v1, 18 layers
-    "encapnet-v2":     (EncapNet, V2),                              # 72.312  101, 128x128 images
-    "encapnet-v3":     (EncapNet, V2),                              # 72.481  the same for 224x224
-    "encapnet-small":  (EncapNet, dict(depths=(1, 1, 1), dims=(2, 4, 8, 16), types=8, stem_stride=2,
-                                       feedback=1)),                # 0.344   the default on digits
-    "encapnet6":       (EncapNet6, dict(coefficients="both")),      # 1.916   Table 1 (f)
-    "encapnet6-master": (EncapNet6, dict(coefficients=None)),       # 0.754   Table 1 (e)
-    "capnet-dynamic":  (CapNet, dict(routing="dynamic")),           # 8.859   Table 1 (a)
-    "capnet-em":       (CapNet, dict(routing="em")),                # 8.937   Table 1 (b)
-    "cnn-same":        (CNN, dict(width=1.0)),                      # 1.575   Table 1 (c)
-    "cnn-similar":     (CNN, dict(width=2.375)),                    # 8.856   Table 1 (d)
-    "resnet18":        (ResNet, dict(blocks=(2, 2, 2, 2))),         # 11.157  Tables 2, 3
+MODELS = {
+    "encapnet": Model(EncapNet, dict(feedback=2), 16_333_608),               # v1, 18 layers
+    "encapnet-v2": Model(EncapNet, V2, 76_369_768, image_size=128),          # 101 layers
+    "encapnet-v3": Model(EncapNet, V2, 76_538_728, image_size=224),          # v2 on larger images
+    "encapnet-small": Model(EncapNet, SMALL, 428_362),                       # the default on digits
+    "encapnet6": Model(EncapNet6, dict(coefficients="both"), 4_881_248),     # Table 1 (f)
+    "encapnet6-master": Model(EncapNet6, dict(coefficients=None), 1_688_352),            # (e)
+    "capnet-dynamic": Model(CapNet, dict(routing="dynamic"), 9_913_120),                 # (a)
+    "capnet-em": Model(CapNet, dict(routing="em"), 9_991_028),                           # (b)
+    "cnn-same": Model(CNN, {}, 1_574_698),                                               # (c)
+    "cnn-similar": Model(CNN, dict(channels=(32, 256, 512, 512, 1300)), 9_622_170),      # (d)
+    "resnet18": Model(ResNet, dict(blocks=(2, 2, 2, 2)), 11_156_778),        # Tables 2, 3
 }
 
 
@@ -997,18 +1025,19 @@ def keywords(cls):
     return names | keywords(FeedbackUnit) if "unit" in parameters else names
 
 
-def build(name, num_classes=10, in_channels=3, image_size=32, **overrides):
+def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
     """A network of the paper by name, any keyword of its class overridden.   [Tables 1, 2, 3, 5]
 
+    image_size: None is the registry's
     -> model;  model(x (B, in_channels, image_size, image_size)) -> scores (B, K), feedback ()
     """
     check_choice("name", name, tuple(MODELS))
-    cls, defaults = MODELS[name]
+    cls, defaults, _, usual_size = MODELS[name]
     unknown = set(overrides) - keywords(cls)
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: must be one of "
                          f"{', '.join(sorted(keywords(cls)))} for {name}")
-    return cls(num_classes, in_channels, image_size, **{**defaults, **overrides})
+    return cls(num_classes, in_channels, image_size or usual_size, **{**defaults, **overrides})
 
 
 # ---- Appendix: routing without votes -------------------------------------------------------------

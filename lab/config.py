@@ -34,11 +34,10 @@ DATASETS = {
 PEERS = {"resnet101": {}, "wide_resnet101_2": {}, "vgg16": {},
          "googlenet": dict(aux_logits=False, init_weights=True)}
 MODELS = (*encapnet.MODELS, *PEERS)
-MODEL_SIDE = {"encapnet-v2": 128, "encapnet-v3": 224}
 
 
 def has_logits(model):
-    return model in PEERS or encapnet.MODELS[model][0].logits
+    return model in PEERS or encapnet.MODELS[model].network.logits
 
 
 # ---- Arguments of a command line -----------------------------------------------------------------
@@ -110,7 +109,7 @@ class Config:
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
     flip: bool = data_option(False, help="mirror training images at random (folder, ++: yes; "
                              "digits of any kind: no)")
-    class_list: str = data_option("", help="h-imagenet: file of 200 class folders; none: build it",
+    class_list: str = data_option("", help="h-imagenet: a file of other classes",
                                   type=os.path.expanduser)
     unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
                                   "report; trust: do not look beforehand", free=True,
@@ -198,15 +197,14 @@ def make_config(**given):
     config = Config(**merge(settings, given))
     if config.steps and {"epochs", "milestones"} & set(given):
         raise Problem("--steps settles the epochs: no --epochs with it, and no --milestones")
-    epochs = config.epochs
     if config.augment == "++" and "epochs" not in given:                 # our choice
-        config.steps, epochs = round(1.5 * config.steps), round(1.5 * epochs)
+        config.steps, config.epochs = round(1.5 * config.steps), round(1.5 * config.epochs)
     if "milestones" not in given:
-        usual = Config(**settings).epochs                                # the milestones are of
-        config = with_epochs(dataclasses.replace(config, epochs=usual), epochs)
-    config.epochs = epochs
+        before = dataclasses.replace(config, epochs=Config(**settings).epochs)
+        config = with_epochs(before, config.epochs)
     source = DATASETS[config.dataset]
-    config.image_size = config.image_size or max(source.side, MODEL_SIDE.get(config.model, 0))
+    usual = encapnet.MODELS[config.model].image_size if config.model in encapnet.MODELS else 0
+    config.image_size = config.image_size or max(source.side, usual)
     if config.model == "encapnet" and config.image_size >= 128:
         config.set = {"stem_stride": 4, **config.set}                    # our choice
     if "flip" not in {**settings, **given}:

@@ -19,7 +19,7 @@ from lab import checkpoint
 from lab.config import PEERS, Config, tested_on, with_epochs
 from lab.data import Data, augmented, check_images, load_data, normalised, shuffle
 from lab.figures import draw_run
-from lab.measure import agreement, at_chance, call, evaluate, first, sample, told_apart
+from lab.measure import agreement, at_chance, call, evaluate, first, sample, told_apart, unbalanced
 from lab.results import environment, record
 from lab.runtime import Problem, count, rank, say, start, world, write_file
 
@@ -301,7 +301,7 @@ def finish(run):
         "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
         "epochs": config.epochs, **test, "multi_crop": multi_crop,
         "outcome": "at chance" if at_chance(run, last.get("train_error", 0), test["error"])
-        else "ok",
+        else "ok", "unbalanced": unbalanced(run.data.train.labels),
         **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
         "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
         "parameters": sum(p.numel() for p in run.net.parameters()),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.runtime import Problem, count, reason, say, write_file
+from lab.runtime import Problem, count, reason, say
 
 HELD_BYTES = 4 << 30          # folders up to this size are decoded once and held
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
@@ -210,16 +210,16 @@ def load_classes(config, held, classes, boxes):
     for split in ("train", "test"):
         folder = split_folder(Path(config.data_path), split)
         files = image_files(folder, classes)
-        seen = {k for _, k in files}
+        samples = [((path, box), k) for path, k in files
+                   for box in boxes.get(Path(path).stem, [None])]
+        seen = {k for _, k in samples}
         if lacking := [name for k, name in enumerate(classes) if k not in seen]:
             told = f"{folder}: no images ({', '.join(SUFFIXES)}) in {', '.join(lacking[:5])}" + \
                 ", ..." * (len(lacking) > 5)
-            if split == "train" or not files:
+            if split == "train" or not samples:
                 raise Problem(told)
             say(f"{told}: not tested")
         known.append(fingerprint(files))
-        samples = [((path, box), k) for path, k in files
-                   for box in boxes.get(Path(path).stem, [None])]
         samples = [samples[k] for k in chosen(len(samples), config, split)]
         images, keep = read_images(Files([s for s, _ in samples], held), folder, config.unreadable)
         splits.append((images, torch.tensor([samples[k][1] for k in keep])))
@@ -228,43 +228,36 @@ def load_classes(config, held, classes, boxes):
 
 # ---- h-ImageNet   [Sec. 5] -----------------------------------------------------------------------
 
-def hard_classes(config, root, hardest=200):
-    """The classes on which ResNet-18 errs most: --class-list, or measured once and kept."""
-    file = Path(config.class_list or root / "h-imagenet-classes.txt")
-    if not file.exists() and not config.class_list:
-        folder = split_folder(root, "test")
-        found = class_folders(folder)
-        if len(found) != 1000:
-            raise Problem(f"{root}: the hardest classes are chosen among 1000, not {len(found)}; "
-                          "give them with --class-list FILE")
-        share = right_answers(image_files(folder, found), config.workers)
-        worst = share.argsort()[:hardest].tolist()
-        write_file(file, "".join(f"{found[k]}\n" for k in sorted(worst)).encode())
+def hard_classes(config, root):
+    """The classes of --class-list; else of the authors' 200 those that there are.
+
+    On these a ResNet-18's top-1 error is highest; hardest first.  The list is the file
+    data/imagenet/top1_hardest_200_cls.txt of github.com/hli2020/nn_encapsulation, commit 2898d2f.
+    """
+    file = Path(config.class_list or Path(__file__).with_name("h-imagenet-classes.txt"))
     try:
-        return file.read_text().split()
+        classes = file.read_text().split()
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"--class-list {file}: {error}") from error
+    if config.class_list:
+        return classes
+    folder = split_folder(root, "train")
+    here = set(class_folders(folder))
+    found = [name for name in classes if name in here]
+    if not found:
+        raise Problem(f"{folder} has none of the paper's 200 hard classes, {classes[0]} and so on; "
+                      "name others with --class-list FILE")
+    if len(found) < len(classes):
+        say(f"{folder}: {len(found)} of the paper's {len(classes)} hard classes")
+    return found
 
 
-@torch.no_grad()
-def right_answers(files, workers):
-    """Share of each of the 1000 classes' images that torchvision's ResNet-18 gets right."""
-    import torchvision.models
-    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    try:
-        net = torchvision.models.resnet18(weights=weights).eval()
-    except (OSError, RuntimeError) as error:
-        raise Problem(f"no ResNet-18 to choose classes with ({reason(error)}): download "
-                      f"{weights.url}, or give --class-list FILE") from error
-    truth = torch.tensor([k for _, k in files])
-    images = Files([(path, None) for path, _ in files], 256)
-    answers = torch.cat([net(weights.transforms()(batch)).argmax(1) for batch in
-                         torch.utils.data.DataLoader(images, 64, num_workers=workers)])
-    return truth[answers == truth].bincount(minlength=1000) / truth.bincount(minlength=1000)
+def annotated_boxes(root, padding=0.1, smallest=50):
+    """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's annotations.
 
-
-def annotated_boxes(root, padding=0.1):
-    """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's annotations."""
+    Boxes under 50 pixels in height or width are left out, as in the authors' preparation; an image
+    that has no others keeps none.
+    """
     from xml.etree import ElementTree
     boxes = {}
     for file in sorted((root / "Annotations").rglob("*.xml")):
@@ -272,9 +265,11 @@ def annotated_boxes(root, padding=0.1):
             for box in ElementTree.parse(file).iter("bndbox"):
                 left, top, right, bottom = (
                     int(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
-                dx, dy = padding * (right - left), padding * (bottom - top)
-                enlarged_box = (left - dx, top - dy, right + dx, bottom + dy)
-                boxes.setdefault(file.stem, []).append(tuple(map(round, enlarged_box)))
+                kept = boxes.setdefault(file.stem, [])
+                if min(right - left, bottom - top) >= smallest:
+                    dx, dy = padding * (right - left), padding * (bottom - top)
+                    enlarged_box = (left - dx, top - dy, right + dx, bottom + dy)
+                    kept.append(tuple(map(round, enlarged_box)))
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise Problem(f"annotation {file} is damaged: {error}") from error
     return boxes
@@ -283,7 +278,7 @@ def annotated_boxes(root, padding=0.1):
 def load_h_imagenet(config, held):
     """255,725 + 17,101 images in the paper: hard classes, objects cut out by their boxes. [Sec. 5]
 
-    Where an image has no boxes it is taken whole.
+    An image without annotations is taken whole; one whose boxes are all small is left out.
     """
     root = Path(config.data_path)
     return load_classes(config, held, hard_classes(config, root), annotated_boxes(root))

@@ -52,6 +52,12 @@ def evaluate(run, multi_crop=False):
             "class_errors": classes}
 
 
+def unbalanced(labels):
+    """Whether some class has twice as many images as another."""
+    fewest, most = labels.unique(return_counts=True)[1].aminmax()
+    return bool(most >= 2 * fewest)
+
+
 def at_chance(run, train_error, test_error):
     """Whether one of them is hardly lower than by always naming the class most images are of."""
     usual = run.data.train.labels.bincount().argmax()

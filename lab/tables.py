@@ -42,14 +42,16 @@ def of_seeds(config, runs):
 def row_config(*layers):
     """A cell's Config.  --set reaches the networks that take it; types=T narrows the others."""
     changes = merge(*layers)
-    cls, usual = encapnet.MODELS.get(changes["model"], (None, {}))
-    mine = encapnet.keywords(cls) if cls else ()
-    known = {name for other, _ in encapnet.MODELS.values() for name in encapnet.keywords(other)}
+    model = encapnet.MODELS.get(changes["model"])
+    mine = encapnet.keywords(model.network) if model else ()
+    known = {name for other in encapnet.MODELS.values()
+             for name in encapnet.keywords(other.network)}
     wanted = {k: v for k, v in changes["set"].items() if k in mine or k not in known}
     types = changes["set"].get("types")
     if isinstance(types, int) and "types" not in mine:
-        wanted = {"width": usual.get("width", 1.0) * types / 32, **wanted}
-    return make_config(**{**changes, "set": wanted})
+        wanted = {"width": types / 32, **wanted}
+    recipe = {"recipe": "paper"} if changes.get("dataset") == "folder" else {}
+    return make_config(**{**recipe, **changes, "set": wanted})
 
 
 def asked_parts(parts, given, only=()):
