@@ -300,8 +300,8 @@ def finish(run):
     result = {
         "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
         "epochs": config.epochs, **test, "multi_crop": multi_crop,
-        "outcome": "at chance" if at_chance(run, last.get("train_error", 0), test["error"])
-        else "ok", "unbalanced": unbalanced(run.data.train.labels),
+        "outcome": "at chance" if at_chance(run, test["error"]) else "ok",
+        "unbalanced": unbalanced(run.data.train.labels),
         **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
         "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
         "parameters": sum(p.numel() for p in run.net.parameters()),

@@ -214,10 +214,9 @@ def load_classes(config, held, classes, boxes):
                    for box in boxes.get(Path(path).stem, [None])]
         seen = {k for _, k in samples}
         if lacking := [name for k, name in enumerate(classes) if k not in seen]:
-            told = f"{folder}: no images ({', '.join(SUFFIXES)}) in {', '.join(lacking[:5])}" + \
-                ", ..." * (len(lacking) > 5)
+            told = f"{folder}: no images in {', '.join(lacking[:5])}" + ", ..." * (len(lacking) > 5)
             if split == "train" or not samples:
-                raise Problem(told)
+                raise Problem(f"{told} (known by their names: {' '.join(SUFFIXES)})")
             say(f"{told}: not tested")
         known.append(fingerprint(files))
         samples = [samples[k] for k in chosen(len(samples), config, split)]
