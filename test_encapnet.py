@@ -158,7 +158,7 @@ def standard_oracle(numbers):
     return [(x - mean) / math.sqrt(variance + 1e-10) for x in numbers]
 
 
-def em_oracle(votes, activation, beta_v, beta_a, iterations, normalise="both"):
+def em_oracle(votes, activation, beta_v, beta_a, iterations, standardised="both"):
     """Hinton's EM routing, one cluster at a time, with what is compared over j standardised."""
     B, n_in, n_out, d = votes.shape
     mu, var = np.zeros((2, B, n_out, d))
@@ -170,7 +170,7 @@ def em_oracle(votes, activation, beta_v, beta_a, iterations, normalise="both"):
                     log_p = [-sum((votes[x, i, j, h] - mu[x, j, h]) ** 2 / (2 * var[x, j, h])
                                   + math.log(2 * math.pi * var[x, j, h]) / 2 for h in range(d))
                              for j in range(n_out)]
-                    if normalise == "both":
+                    if standardised == "both":
                         log_p = standard_oracle(log_p)
                     log_p = [math.log(k) + p for k, p in zip(a[x], log_p, strict=True)]
                     R[x, i] = [1 / sum(math.exp(min(k - p, 700)) for k in log_p) for p in log_p]
@@ -223,7 +223,7 @@ def test_standardise_in_float32_is_exact_for_numbers_that_differ_little(seed, n,
 def test_em_with_raw_densities_is_the_loop(seed, iterations):
     args = problem(seed, n_in=12, d=2)
     oracle = em_oracle(*(t.numpy() for t in args), iterations, "cost")
-    for got, want in zip(route("em", *args, iterations, normalise="cost"), oracle, strict=True):
+    for got, want in zip(route("em", *args, iterations, standardised="cost"), oracle, strict=True):
         assert_same(got, want, rtol=1e-6)
 
 
@@ -320,15 +320,15 @@ def test_em_equal_costs_leave_beta_a_alone():
         assert_same(a, torch.full_like(a, 0.3 * iterations).sigmoid(), 1e-12)
 
 
-def start_of_em(normalise):
+def start_of_em(standardised):
     """What three iterations do to 64 random votes -> median effective votes of a higher capsule,
     share of activations that are neither off nor on, relative change of mu to that of the votes."""
     votes, activation, beta = randn(4, 64, 64, 16), randn(4, 64, seed=1).sigmoid(), torch.zeros(64)
-    mu, a, R = route("em", votes, activation, beta, beta, normalise=normalise)
+    mu, a, R = route("em", votes, activation, beta, beta, standardised=standardised)
     w = R * activation[..., None]
     effective = w.sum(1).square() / w.square().sum(1)
     step = 1e-4 * randn(*votes.shape, seed=2)
-    moved = route("em", votes + step, activation, beta, beta, normalise=normalise)[0] - mu
+    moved = route("em", votes + step, activation, beta, beta, standardised=standardised)[0] - mu
     return (effective.median().item(), ((a > 0.05) & (a < 0.95)).double().mean().item(),
             (moved.norm() / mu.norm() / (step.norm() / votes.norm())).item())
 
@@ -563,7 +563,7 @@ def smallest_variance(layer, inputs):
     """Of all clusters and dimensions after the last M-step, over that of all votes."""
     votes = layer.votes(inputs[0])
     R = em_routing(votes, inputs[1], layer.beta_v, layer.beta_a, layer.iterations, True,
-                   layer.normalise)[2]
+                   layer.standardised)[2]
     w = R * inputs[1][..., None]
     w = (w / w.sum(1, keepdim=True))[..., None]
     return ((w * (votes - (w * votes).sum(1, keepdim=True)) ** 2).sum(1) / votes.var(1)).min()
@@ -578,10 +578,10 @@ def test_factored_equals_votes(kind, cloud, data, seed, bias, types, n_out, d, i
     saturation cancels is held against the others, and a cluster that shrank onto one vote, where
     1/sigma^2 magnifies rounding, is left to the tests in float32."""
     b_init = "zero" if kind == "em" else data.draw(st.sampled_from(["zero", "random", "learnable"]))
-    normalise = data.draw(st.sampled_from(["both", "cost"] if kind == "em" else ["both"]))
+    standardised = data.draw(st.sampled_from(["both", "cost"] if kind == "em" else ["both"]))
     P = data.draw(st.sampled_from([3, 4, 7, 20]))
     layer, inputs = routed(kind, types, 3, n_out, d, P, seed, bias=bias, b_init=b_init,
-                           iterations=iterations, normalise=normalise)
+                           iterations=iterations, standardised=standardised)
     inputs[0] = CLOUDS[cloud](inputs[0])
     if kind == "em":
         assume(smallest_variance(layer, inputs) > 1e-3)
@@ -899,8 +899,8 @@ def test_capconv_starts_like_any_convolution(mode, scalars):
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_the_aide_is_two_wider_than_the_master_unless_told(kernel):
-    for given, kernel_of_aide in ((None, kernel + 2), (1, 1), (7, 7)):
-        layer = CapConv(2, 3, kernel, 1, 3, aide_kernel=given)
+    for asked, kernel_of_aide in ((None, kernel + 2), (1, 1), (7, 7)):
+        layer = CapConv(2, 3, kernel, 1, 3, aide_kernel=asked)
         assert layer.aide.weight.shape[2:] == (kernel_of_aide, kernel_of_aide)
 
 
@@ -1470,8 +1470,8 @@ def test_encapnet_compiles_without_a_graph_break(backend, training):
 
 @pytest.mark.parametrize("routing", ["dynamic", "em"])
 def test_gradients_of_each_sample_by_vmap_are_those_of_each_alone(routing):
-    """torch.func runs through the routings, whose blocks are checkpoints elsewhere."""
-    model = network(f"capnet-{routing}").eval()
+    """torch.func runs through the routing of explicit votes."""
+    model = network(f"capnet-{routing}", factored=False).eval()
     weights, x, target = dict(model.named_parameters()), images(3), torch.tensor([4, 0, 2])
 
     def loss(weights, image, label):
@@ -1534,9 +1534,9 @@ TEXT = dict(ids=lambda x: x if isinstance(x, str) else "")
     (lambda: build("resnet18", width=0), "width=0", "positive"),
     (lambda: build("capnet-em", b_init="random"), "b_init='random'", "'zero'"),
     (lambda: dynamic_routing(VOTES, 0), "iterations=0", "positive"),
-    (lambda: em_routing(VOTES, zeros(2, 4), zeros(3), zeros(3), normalise="none"),
-     "normalise='none'", "'both', 'cost'"),
-    (lambda: ROUTED(normalise="all"), "normalise='all'", "'both', 'cost'"),
+    (lambda: em_routing(VOTES, zeros(2, 4), zeros(3), zeros(3), standardised="none"),
+     "standardised='none'", "'both', 'cost'"),
+    (lambda: ROUTED(standardised="all"), "standardised='all'", "'both', 'cost'"),
     (lambda: dynamic_routing(VOTES, softmax="j"), "softmax='j'", "'in', 'out'"),
     (lambda: ROUTED("kmeans"), "routing='kmeans'", "'dynamic', 'em'"),
     (lambda: ROUTED(iterations=1.5), "iterations=1.5", "positive int"),

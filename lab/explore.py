@@ -23,7 +23,7 @@ from lab.config import Parser, number
 from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
 from lab.fit import Run, classification_loss
-from lab.measure import call, spread, watch
+from lab.measure import call, spread, variance_between_samples, watch
 from lab.results import environment, identity, record
 from lab.runtime import Problem, guarded, say, write_file
 from lab.use import test_data, trained
@@ -147,7 +147,8 @@ def draw_feedback(run, figure, shown=4):
     series = {"all channels": [match(a, b) for a, b in both],
               "capsule lengths": [match(lengths(a), lengths(b)) for a, b in both],
               "lengths, other image": [match(lengths(a), lengths(b).roll(1, 0)) for a, b in both],
-              "told apart": [unit.told_apart(low).item() for unit, (low, _) in units]}
+              "told apart": [variance_between_samples(unit, low).item()
+                             for unit, (low, _) in units]}
     axes, names = figure.subplot_mosaic("RB;GB"), [f"unit {k + 1}" for k in range(len(units))]
     for axis, image, what in zip((axes["R"], axes["G"]), both[0], ("real", "generated"),
                                  strict=True):

@@ -102,14 +102,26 @@ def first(run, n):
     return tested(run, torch.arange(min(n, len(run.data.test))))
 
 
+def variance_between_samples(unit, low):
+    """Share of variance between samples in the features that a feedback unit extracts.
+
+    Of their directions z, which are all that the cosine cost sees: 1 - |mean z|^2 / mean |z|^2.
+    Towards 1: features tell samples apart; 0: all samples look alike, the trivial minimum.
+    low: (B, low, H, W), in eval mode, or BatchNorm's averages move -> scalar, in [0, 1)
+    """
+    z = F.normalize(unit.extract(low).float())                           # (B, F)
+    square = z.square().sum(1).mean()
+    return (1 - z.mean(0).square().sum() / square.clamp_min(1e-12)) * (square > 0)
+
+
 @torch.no_grad()
 def told_apart(run):
-    """[FeedbackUnit.told_apart of every unit] on the first 200 test images, in eval."""
+    """[variance_between_samples of every unit] on the first 200 test images, in eval."""
     if not getattr(run.net, "feedback", 0):
         return []
     x = normalised(first(run, 200)[0], run.data)
     _, pairs = run.net.eval().walk(run.net.stem(x))
-    return [unit.told_apart(low).item()
+    return [variance_between_samples(unit, low).item()
             for unit, (low, _) in zip(run.net.units, pairs, strict=True)]
 
 

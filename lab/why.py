@@ -43,7 +43,7 @@ def layer_statistics(layer, u, activation, rounds):
     votes, seen = layer.votes(u), []
     for r in range(1, rounds + 1):
         mu, _, R = encapnet.em_routing(votes, activation, layer.beta_v, layer.beta_a, r,
-                                       return_coefficients=True, normalise=layer.normalise)
+                                       return_coefficients=True, standardised=layer.standardised)
         seen.append([x.median().item() for x in routing_statistics(votes, activation, mu, R)])
     effective, deviation = zip(*seen, strict=True)
     return {"effective votes": effective, "deviation of log p": deviation}
@@ -55,7 +55,7 @@ def em(data_path, rounds=5, images=16):
     found = {}
     for name, form in (("log p standardised", "both"), ("log p as it is", "cost")):
         config = make_config(dataset="mnist", data_path=data_path, model="capnet-em", device="cpu",
-                             set=dict(types=4, normalise=form), train_images=images,
+                             set=dict(types=4, standardised=form), train_images=images,
                              test_images=images)
         device = start(config)
         run = build_run(config, load_data(config, device), device)
