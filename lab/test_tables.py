@@ -94,7 +94,7 @@ def ablations_of(config):
     (coefficients, squashed), = {(m.coefficients, len(m.branch_norms) == 2) for m in layers}
     aides = {(m.master.weight.shape[-1], m.aide.weight.shape[-1] if m.coefficients else None)
              for m in layers}                                          # every layer is alike
-    skips = " ".join(["I"] * (module.reduce.skip is not None) + ["II"] * module.type_II_skip)
+    skips = " ".join(["I"] * (module.type_I.skip is not None) + ["II"] * module.type_II_skip)
     built = dict(coefficients=coefficients, aide=tuple(dict(aides)[kernel] for kernel in (3, 1)),
                  squashed=squashed, skips=skips, lam=config.lam)
     assert len(aides) == 2
