@@ -380,8 +380,8 @@ class CapConv(nn.Module):
     Table 1.  The released code uses k1 + 4, lets the aide see its own type, squashes the branches.
     Deviation 6: beta is initialised to 1, so that a fresh layer adds its branches.
     Deviation 8: BatchNorm's weight is initialised to 1 / sqrt(out_dim).  With torch's default of 1,
-    |s|^2 would be d / 2 after ReLU, and lengths would start at 0.31 for d = 2 but at 0.85 for d =
-    16, where squash is nearly flat; now they start between 0.22 and 0.31.
+    |s|^2 would be d / 2 after ReLU, and lengths would start at 0.30 for d = 2 but at 0.86 for d =
+    16, where squash is nearly flat; now they start between 0.2 and 0.3.
     u: (B, types*in_dim, H, W) -> (B, types*out_dim, ceil(H/stride), ceil(W/stride))
     """
 
