@@ -1,12 +1,13 @@
 """Beyond the paper: see what a capsule means, and test what the paper only says in words.
 
     python -m lab.explore explain RUN               one page of pictures, RUN/explain.png
-    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks, a line a test;
-                                                    their plot is robustness.png of the first RUN
+    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks; the plot of
+                                                    all is robustness.png of the first RUN
 
 RUN is a folder of train.py, of any model and data set; runs of one model are its seeds.  Every
 run's errors go to runs/results.jsonl too.
 """
+import importlib.util
 import json
 import math
 import statistics
@@ -22,17 +23,14 @@ from lab import figures
 from lab.config import Parser, identity, number
 from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import Run, classification_loss, environment, record
-from lab.measure import call, spread, watch
-from lab.runtime import Problem, guarded, say, write_file
+from lab.fit import Run, environment, record
+from lab.measure import forward, input_and_output, spread_images
+from lab.runtime import Problem, count, guarded, say, write_file
 from lab.use import test_data, trained
 
 
 def load(path, device="auto"):
-    """A run to look at, its network in eval mode, its weights fixed.
-
-    path: a folder that train.py wrote, or a checkpoint in one
-    """
+    """A run of train.py, its folder or a checkpoint in it: test images and a network in eval."""
     config, state, net, device = trained({"resume": str(path), "device": device})
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     data = test_data(config, state, device)
@@ -46,7 +44,7 @@ def name_of(run):
 
 def scores(run, x):
     """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
-    return call(run.net, run.config, normalised(x, run.data))[0]
+    return forward(run.net, run.config, normalised(x, run.data))[0]
 
 
 # ---- explain: each panel draws itself into a subfigure -> numbers, and gives them back -----------
@@ -55,7 +53,7 @@ def features(run, x, labels):
     """The capsule of each image's right class, whose length is the score: (B, d)."""
     layer, parts = getattr(run.net, "classes", None) or run.net.routed[-1], []
     for part, label in zip(x.split(250), labels.split(250), strict=True):
-        _, v = watch(layer, scores, run, part)
+        _, v = input_and_output(layer, scores, run, part)
         parts.append(v[torch.arange(len(v)), label])
     return torch.cat(parts).cpu().double()
 
@@ -107,12 +105,12 @@ def capconvs(run):
 def draw_coefficients(run, figure, shown=3):
     layers = capconvs(run)
     layers = list(dict.fromkeys([layers[0], layers[len(layers) // 2]]))
-    x, numbers = spread(run, 60)[0], {}
+    x, numbers = spread_images(run, 60)[0], {}
     first, *axes, density = figure.subplots(1, 2 + 2 * len(layers), width_ratios=[
         *[2] * (1 + 2 * len(layers)), 3])
     draw_maps(first, x[:shown].mean(1), "image", cmap="gray")
     for k, layer in enumerate(layers):
-        u, _ = watch(layer, scores, run, x)
+        u, _ = input_and_output(layer, scores, run, x)
         pair = [m.cpu() for m in layer.branches(u)[2:]]                # m1, m2 (B, G, H, W)
         maps = torch.stack([m[:shown].mean(1) for m in pair])          # (2, shown, H, W)
         two = axes[2 * k:2 * k + 2]
@@ -127,7 +125,7 @@ def draw_coefficients(run, figure, shown=3):
     density.axvline(1, color="0.5", lw=.8)
     density.set(title="all types; grey: the start", xlabel="coefficient", ylabel="density",
                 yticks=[])
-    density.legend(fontsize=7)
+    figure.legend(loc="outside lower right", ncols=4, fontsize=8)
     return numbers
 
 
@@ -140,7 +138,7 @@ def match(a, b):
 def draw_feedback(run, figure, shown=4):
     def lengths(image):                                # mean over types, (B, H, W)
         return image.unflatten(1, (getattr(run.net, "types", 1), -1)).norm(dim=2).mean(1)
-    _, pairs = run.net.walk(run.net.stem(normalised(spread(run, 200)[0], run.data)))
+    _, pairs = run.net.walk(run.net.stem(normalised(spread_images(run, 200)[0], run.data)))
     units = list(zip(run.net.units, pairs, strict=True))
     both = [(low, unit.generate(high, low.shape[-2:])) for unit, (low, high) in units]
     series = {"all channels": [match(a, b) for a, b in both],
@@ -155,13 +153,15 @@ def draw_feedback(run, figure, shown=4):
     for k, (label, values) in enumerate(series.items()):
         places = [j + .2 * (k - 1.5) for j in range(len(units))]
         drawn = bars.bar(places, values, .2, label=label, color=figures.COLOURS[k])
-        bars.bar_label(drawn, fmt="%.2f", fontsize=7)
+        bars.bar_label(drawn, fmt="%.2f", fontsize=7, rotation=90, padding=3)
     bars.set_xticks(range(len(units)), names)
-    bars.set(ylim=(None, 1.3), ylabel="correlation, or share",
+    bars.margins(y=.3)                                                 # room for the numbers
+    bars.axhline(0, color="0.5", lw=.8)
+    bars.set(ylabel="correlation, or share",
              title="correlation of generated and real; share told apart", xlabel=
              "told apart: share of variance between samples in the features that a unit compares;\n"
              "near 0 all images look alike to the unit, and it feeds nothing back")
-    bars.legend(ncols=4, loc="upper center", fontsize=8)
+    figure.legend(loc="outside lower right", ncols=4, fontsize=8)
     return {label: dict(zip(names, values, strict=True)) for label, values in series.items()}
 
 
@@ -183,7 +183,7 @@ def explain(run):
     heights = [height for *_, height in panels]
     figure = Figure(figsize=(13, .4 + sum(heights)), layout="constrained")
     title = f"{run.folder}: {name_of(run)} on {run.data.name}, epochs={run.config.epochs}"
-    figure.suptitle(figures.legible(title, 900), fontsize=10)
+    figure.suptitle(figures.shortened(title, 150), fontsize=10)
     numbers = {"run": str(run.folder), "environment": environment(run.device)}
     rows = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for k, (row, (title, _, draw, _)) in enumerate(zip(rows, panels, strict=True), 1):
@@ -222,77 +222,70 @@ def changed(x, kind, strength, generator):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def unsquashed(scores):
-    """2 log |s| of capsules of length |s|^2 / (1 + |s|^2): grows where squash has gone flat."""
-    L = scores.clamp(1e-12, 1 - 1e-6)
-    return L.log() - (-L).log1p()
+class Attacked(torch.nn.Module):
+    """What an attack sees of a run: images in [0, 1] -> logits (B, K).
 
-
-def loss(run, scores, labels):
-    """The training loss, as margin something to climb: of scores (B, K), summed over images."""
-    return len(scores) * classification_loss(run.config, scores, labels, 1.0)
-
-
-def margin(run, scores, labels):
-    """Best other class's logit or unsquashed length less the right one's; above 0 is an error."""
-    z, own = scores if run.net.logits else unsquashed(scores), F.one_hot(labels, scores.shape[1])
-    return (z.masked_fill(own.bool(), -math.inf).amax(1) - (z * own).sum(1)).sum()
-
-
-def slope(run, x, labels, objective):
-    """Gradient of an objective on images (B, C, H, W)."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(objective(run, scores(run, x), labels), x)[0]
-
-
-def fooled(run, x, labels):
-    return scores(run, x).argmax(1) != labels
-
-
-def attack(run, x, labels, objective, eps, steps, restarts, generator):
-    """Projected gradient ascent in the L-inf ball of eps -> fooled, then or at any step (B,).
-
-    step size 2.5 eps / steps; each restart begins at random; steps=1: FGSM, from x, a step of eps.
+    Attacks are made for logits, and the length of a capsule is a probability: squash is flat where
+    it is near 1.  With length |s|^2 / (1 + |s|^2) its logit is 2 log |s|, which orders the classes
+    as lengths do and whose softmax is each class's share of the sum of |s|^2.
     """
-    wrong, step = fooled(run, x, labels), eps if steps == 1 else 2.5 * eps / steps
-    for _ in range(restarts):
-        noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
-        now = x if steps == 1 else (x + eps * noise).clamp(0, 1)
-        for _ in range(steps):
-            now = now + step * slope(run, now, labels, objective).sign()
-            now = now.clamp(x - eps, x + eps).clamp(0, 1)
-            wrong |= fooled(run, now, labels)
-    return wrong
+
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.net = run, run.net
+        self.eval()
+
+    def forward(self, x):
+        z = scores(self.run, x)
+        return z if self.net.logits else z.logit(1e-7)
 
 
-def measure(run, n, steps, restarts, budgets):
-    """Errors in % -> {change or attack: {strength: error}}.   budgets: eps, in 1/255
+def attacks(model, eps, steps, classes):
+    """{name: [an attack within eps in L-inf, ...]}, those of torchattacks.
 
-    PGD climbs the training loss;  PGD margin, in twice the steps, what the loss may hide
+    APGD chooses its own step sizes.  On cross entropy and on the difference of logits ratio, which
+    needs three classes, it is the half of AutoAttack that follows gradients.
     """
-    def percent(wrong):
-        return 100 * wrong.cpu().double().mean().item()
-    generator = torch.Generator().manual_seed(0)                       # alike for every run
-    x, labels = spread(run, n)
-    wrong = fooled(run, x, labels)
-    errors = {"clean": {"0": percent(wrong)}}
-    for kind, (_, strengths) in CHANGES.items():
-        errors[kind] = {f"{s:g}": percent(fooled(run, changed(x, kind, s, generator), labels))
-                        for s in strengths}
-    attacks = {"FGSM": (loss, 1, 1), "PGD": (loss, steps, restarts),
-               "PGD margin": (margin, 2 * steps, restarts)}
-    for eps in budgets:
-        found = {name: attack(run, x, labels, objective, eps / 255, k, r, generator)
-                 for name, (objective, k, r) in attacks.items()}
-        found["any attack"] = torch.stack(list(found.values())).any(0)
-        for name, out in found.items():
-            errors.setdefault(name, {})[f"{eps:g}"] = percent(out)
-    # With half the range of a pixel allowed any network must fall, or its gradient is masked.
-    out = attack(run, x, labels, margin, .5, 2 * steps, 1, generator)
-    errors["PGD margin, half the range"] = {"127.5": percent(out)}
-    for objective in (loss, margin):
-        steepest = slope(run, x, labels, objective).abs().flatten(1).amax(1)[~wrong]
-        errors[f"right, no {objective.__name__} gradient"] = {"0": percent(steepest < 1e-6)}
+    import torchattacks
+    losses = ("ce", "dlr") if classes > 2 else ("ce",)
+    return {"FGSM": [torchattacks.FGSM(model, eps)],
+            "PGD": [torchattacks.PGD(model, eps, 2.5 * eps / steps, steps)],
+            "APGD": [torchattacks.APGD(model, eps=eps, steps=steps, loss=loss) for loss in losses]}
+
+
+def measure(run, n, steps, budgets):
+    """Errors in % -> {change or attack: {strength: error}}, each told when it is known.
+
+    budgets: eps, in 1/255;  an image on which the network was wrong within one is not attacked
+    again by the same attack within a larger one
+    """
+    x, labels = spread_images(run, n)
+    model, errors, generator = Attacked(run), {}, torch.Generator().manual_seed(0)
+    torch.manual_seed(0)                                               # alike for every run
+
+    def wrong(x, labels):
+        return scores(run, x).argmax(1) != labels
+
+    def tell(test, strength, words, wrong):
+        error = 100 * wrong.double().mean().item()
+        errors.setdefault(test, {})[f"{strength:g}"] = error
+        say(f"  {words}: wrong on {error:.1f} % of {count(len(x), 'image')}")
+    clean = wrong(x, labels)
+    tell("clean", 0, "unchanged", clean)
+    for kind, (unit, strengths) in CHANGES.items():
+        for s in strengths:
+            moved = changed(x, kind, s, generator)
+            tell(kind, s, f"{kind}, {s:g} {unit}", wrong(moved, labels))
+    found = {}
+    for eps in sorted(budgets):
+        for name, tools in attacks(model, eps / 255, steps, len(run.data.classes)).items():
+            fooled = found.setdefault(name, clean.clone())
+            for tool in tools:
+                left = (~fooled).nonzero()[:, 0]
+                if len(left):
+                    fooled[left] = wrong(tool(x[left], labels[left]), labels[left])
+            tell(name, eps, f"{name}, no pixel changed by more than {eps:g}/255", fooled)
+        tell("any attack", eps, f"one of them, {eps:g}/255", torch.stack([*found.values()]).any(0))
     return errors
 
 
@@ -302,41 +295,39 @@ def mean_sd(values):
 
 
 def draw_robustness(groups, path):
-    """A panel a change or attack, a line a model, bars the sd over seeds.
+    """One panel per change or attack, one line per model, bars the sd over seeds.
 
-    groups: {model: [errors of a seed, ...]}
+    groups: {model: [errors of a seed, ...]};  strengths stand side by side, from none
     """
     units = {**{kind: unit for kind, (unit, _) in CHANGES.items()},
-             **dict.fromkeys(("FGSM", "PGD", "PGD margin"), "eps, in 1/255")}
+             **dict.fromkeys(("FGSM", "PGD", "APGD"), "eps, in 1/255")}
     figure, axes = figures.canvas(2, 4, width=11, height=2.9)
     for axis, (test, unit) in zip(axes.flat, units.items(), strict=True):
         series = {}
         for name, seeds in groups.items():
             kept = [{**errors["clean"], **errors[test]} for errors in seeds]
-            series[name] = {float(s): [errors[s] for errors in kept] for s in kept[0]}
+            series[name] = {k: [errors[s] for errors in kept] for k, s in enumerate(kept[0])}
         figures.draw_series(axis, series, mean_sd, title=test, xlabel=unit, ylim=(0, 102))
+        axis.set_xticks(range(len(kept[0])), list(kept[0]))
     for row in axes:
         row[0].set_ylabel("error (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figures.save_figure(figure, path)
 
 
-def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
+def robustness(runs, images, steps, eps):
     """Error of every run under changes and attacks; the first one's robustness.png shows all."""
     groups, trainings = {}, [{**identity(run.config), "epochs": run.config.epochs} for run in runs]
     for run, training in zip(runs, trainings, strict=True):
-        errors = measure(run, images, steps, restarts, eps)
-        record({"robustness": name_of(run), "folder": str(run.folder), "seed": run.config.seed,
-                "training": training, "images": min(images, len(run.data.test)), "errors": errors,
-                "environment": environment(run.device)})               # its command has the flags
         unlike = [f"{name}={value}" for name, value in training.items()
                   if value != trainings[0][name] and name not in ("model", "set", "seed")]
         label = " ".join([name_of(run), *unlike])
+        say(f"{run.folder}: {label}")
+        errors = measure(run, images, steps, eps)
+        record({"robustness": name_of(run), "folder": str(run.folder), "seed": run.config.seed,
+                "training": training, "images": min(images, len(run.data.test)), "errors": errors,
+                "environment": environment(run.device)})               # its command has the flags
         groups.setdefault(label, []).append(errors)
-        say(f"{run.folder}: {label}, strength: error in %")
-        for test, found in errors.items():
-            told = ", ".join(f"{strength}: {error:.1f}" for strength, error in found.items())
-            say(f"  {test:28} {told}")
     draw_robustness(groups, runs[0].folder / "robustness.png")
 
 
@@ -347,18 +338,21 @@ def command(words):
     parser.add_argument("name", choices=("explain", "robustness"), help="what to do, as above")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     tests = parser.add_argument_group("robustness")
-    for name, default, text in (("images", 300, "test images"), ("steps", 20, "steps of PGD"),
-                                ("restarts", 2, "random starts of PGD")):
+    for name, default, text in (("images", 200, "test images"), ("steps", 20, "of PGD and APGD")):
         tests.add_argument(f"--{name}", type=number(1), default=default, metavar="N",
                            help=f"{text} (default: {default})")
-    tests.add_argument("--eps", nargs="+", type=number(0, float), default=[1, 2, 4, 8], metavar="E",
-                       help="largest change of a pixel by an attack, in 1/255 (default: 1 2 4 8)")
+    tests.add_argument("--eps", nargs="+", type=number(0, float), default=[4, 8, 16, 32, 127.5],
+                       metavar="E", help="how far an attack may change a pixel, in 1/255 (default: "
+                       "4 8 16 32 127.5; within the last, half the range, every network must fall, "
+                       "or its gradient is masked)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(words)
+    if given.name == "robustness" and not importlib.util.find_spec("torchattacks"):
+        raise Problem("robustness needs torchattacks: pip install torchattacks")
     runs = [load(path, given.device) for path in given.runs]
     if given.name == "robustness":
-        return robustness(runs, given.images, given.steps, given.restarts, given.eps)
+        return robustness(runs, given.images, given.steps, given.eps)
     for run in runs:
         explain(run)
 

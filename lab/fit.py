@@ -22,7 +22,7 @@ from lab import checkpoint
 from lab.config import PEERS, Config, config_key, tested_on
 from lab.data import Data, augmented, load_data, normalised, shuffle
 from lab.figures import draw_run
-from lab.measure import agreement, call, evaluate, first, sample, told_apart
+from lab.measure import agreement, answered_images, evaluate, first_images, forward, told_apart
 from lab.runtime import RUNS, Problem, count, rank, say, start, world, write_file
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def train_step(run, images, labels, draws, tick=lambda part: None):
     config = run.config
     x = normalised(augmented(images, draws, run.data.side, config.augment, config.flip), run.data)
     tick("data")
-    scores, feedback = call(run.model, config, x)
+    scores, feedback = forward(run.model, config, x)
     loss = classification_loss(config, scores, labels, run.progress)
     tick("forward")
     run.optimizer.zero_grad(set_to_none=True)
@@ -264,7 +264,7 @@ def look_at_routing(run):
     """Record the agreement of votes before training, after 10 %, 40 % and all of it.   [Fig. 2]"""
     moments = {math.ceil(part * run.config.epochs) for part in (0, 0.1, 0.4, 1)}
     if hasattr(run.net, "routed") and run.epoch in moments:
-        images, labels = first(run, 64)
+        images, labels = first_images(run, 64)
         found = agreement(run.net, normalised(images, run.data), labels)
         run.moments.append({"epoch": run.epoch, **found})
 
@@ -320,7 +320,9 @@ def finish(run):
         "moments": run.moments, "date": time.strftime("%Y-%m-%d %H:%M"),
     }
     if rank() == 0:
-        draw_run(run.history, *sample(run, 24), run.data.classes, run.folder / "curves.png")
+        title = f"{config.model} on {run.data.name}, seed {config.seed}"
+        draw_run(title, run.history, *answered_images(run, 24), run.data.classes,
+                 run.folder / "curves.png")
         record(result)
         write_file(run.folder / "result.json", json.dumps(result, indent=1).encode())
     return result

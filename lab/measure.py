@@ -8,7 +8,7 @@ from lab.data import normalised, views
 from lab.runtime import rank, world
 
 
-def call(model, config, x):
+def forward(model, config, x):
     """The model under the Config's precision and memory format."""
     if config.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -31,7 +31,7 @@ def count_hits(run, multi_crop=False):
         dist.broadcast(t, 0)
     chunks = mine.split(run.config.batch_size)
     for images, labels, _ in data.test.batches(chunks, run.device, run.config.workers):
-        scores = [call(run.net, run.config, normalised(x, data))[0]
+        scores = [forward(run.net, run.config, normalised(x, data))[0]
                   for x in views(images, data.side, multi_crop, mirror)]
         scores = sum(s.softmax(1) if run.net.logits else s for s in scores)
         right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
@@ -47,7 +47,7 @@ def evaluate(run, multi_crop=False):
     return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n}
 
 
-def watch(layer, function, *arguments):
+def input_and_output(layer, function, *arguments):
     """What goes into a layer and what comes out, of EM the poses, during function(*arguments)."""
     seen = []
     hook = layer.register_forward_hook(lambda layer, given, out: seen.extend((given[0], out)))
@@ -64,7 +64,7 @@ def agreement(net, x, labels, bins=20):
     -> {"percent": of the votes in each of `bins` bins over [-1, 1], "length": their mean length}
     """
     layer, b = net.routed[-1], torch.arange(len(x), device=x.device)
-    u, v = watch(layer, net.eval(), x)
+    u, v = input_and_output(layer, net.eval(), x)
     votes = layer.votes(u)[b, :, labels]                                 # (B, i, d)
     cosine = F.cosine_similarity(                         # a fresh v is shorter than 1e-8
         votes, v[b, labels].unsqueeze(1), dim=-1, eps=1e-30)             # (B, i)
@@ -75,14 +75,14 @@ def agreement(net, x, labels, bins=20):
             "length": (length / number.clamp(min=1)).tolist()}
 
 
-def tested(run, index):
+def images_at(run, index):
     """Test images (n, C, H, W) in [0, 1] as the network sees them, and labels, of these places."""
     images, labels, _ = next(run.data.test.batches([index.to(run.device)], run.device))
     return next(views(images, run.data.side, False, False)), labels
 
 
-def first(run, n):
-    return tested(run, torch.arange(min(n, len(run.data.test))))
+def first_images(run, n):
+    return images_at(run, torch.arange(min(n, len(run.data.test))))
 
 
 @torch.no_grad()
@@ -90,21 +90,21 @@ def told_apart(run):
     """[FeedbackUnit.told_apart of every unit] on the first 200 test images, in eval."""
     if not getattr(run.net, "feedback", 0):
         return []
-    x = normalised(first(run, 200)[0], run.data)
+    x = normalised(first_images(run, 200)[0], run.data)
     _, pairs = run.net.eval().walk(run.net.stem(x))
     return [unit.told_apart(low).item()
             for unit, (low, _) in zip(run.net.units, pairs, strict=True)]
 
 
-def spread(run, n):
+def spread_images(run, n):
     """n test images (n, C, H, W) in [0, 1] and labels (n,), spread over the whole test set."""
     last = len(run.data.test) - 1
-    return tested(run, torch.linspace(0, last, min(n, last + 1)).long())
+    return images_at(run, torch.linspace(0, last, min(n, last + 1)).long())
 
 
 @torch.no_grad()
-def sample(run, n):
+def answered_images(run, n):
     """n test images in [0, 1], spread over all of them, the network's answers, the labels."""
-    x, labels = spread(run, n)
-    answers = call(run.net.eval(), run.config, normalised(x, run.data))[0].argmax(1)
+    x, labels = spread_images(run, n)
+    answers = forward(run.net.eval(), run.config, normalised(x, run.data))[0].argmax(1)
     return x.cpu(), answers.tolist(), labels.tolist()

@@ -18,7 +18,7 @@ from lab.config import Parser, make_config
 from lab.data import load_data, normalised, shuffle
 from lab.figures import COLOURS, canvas, draw_series, save_figure
 from lab.fit import build_run, classification_loss, environment, start, train_step
-from lab.measure import call, first
+from lab.measure import first_images, forward
 from lab.runtime import RUNS, guarded, say, write_file
 
 # ---- EM routing ----------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def em(data_path, rounds=5, images=16):
             layer.register_forward_hook(
                 lambda layer, given, out, label=f"layer {k}, {name}": found.update(
                     {label: layer_statistics(layer, *given, rounds)}))
-        run.net(normalised(first(run, images)[0], run.data))
+        run.net(normalised(first_images(run, images)[0], run.data))
     figure, axes = canvas(1, 2, height=3.2)
     for axis, what, of in zip(axes[0], ("effective votes", "deviation of log p"),
                               ("of a capsule", "over j"), strict=True):
@@ -83,7 +83,7 @@ def observed_step(run, images, labels, draws):
     modules on average, in units of the learning rate; 1 at the first step.
     """
     weights = list(run.net.blocks.parameters())
-    scores, feedback = call(run.model, run.config, normalised(images / 255, run.data))
+    scores, feedback = forward(run.model, run.config, normalised(images / 255, run.data))
     loss = classification_loss(run.config, scores, labels, run.progress)
     parts = [torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
              for part in (loss, run.config.lam * feedback)]
