@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 
 import encapnet
-from lab import figures
+from lab import figures, measure
 from lab.config import Parser, identity, number
 from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
 from lab.fit import Run, environment, record
-from lab.measure import forward, input_and_output, spread_images
 from lab.runtime import Problem, count, guarded, say, write_file
 from lab.use import test_data, trained
 
@@ -42,50 +41,20 @@ def name_of(run):
     return " ".join([run.config.model, *(f"{k}={v}" for k, v in run.config.set.items())])
 
 
-def scores(run, x):
-    """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
-    return forward(run.net, run.config, normalised(x, run.data))[0]
-
-
 # ---- explain: each panel draws itself into a subfigure -> numbers, and gives them back -----------
-
-def features(run, x, labels):
-    """The capsule of each image's right class, whose length is the score: (B, d)."""
-    layer, parts = getattr(run.net, "classes", None) or run.net.routed[-1], []
-    for part, label in zip(x.split(250), labels.split(250), strict=True):
-        _, v = input_and_output(layer, scores, run, part)
-        parts.append(v[torch.arange(len(v)), label])
-    return torch.cat(parts).cpu().double()
-
-
-def r_squared(z, factors, labels):
-    """Share of each factor's variance that z tells by a linear fit, within a class; class mean.
-
-    z: (B, F);  factors: (B, f) -> all of z, on held-out images (f,);  each of z alone (f, F)
-    """
-    together, alone = [], []
-    for k in labels.unique():
-        x, y = z[labels == k], factors[labels == k].double()
-        x, y = x - x.mean(0), y - y.mean(0)
-        # Where a capsule never uses a dimension, gelsd's rank cut leaves it alone.
-        w = torch.linalg.lstsq(x[::2], y[::2], driver="gelsd").solution
-        rest = y[1::2] - x[1::2] @ w
-        together.append(1 - rest.square().mean(0) / y[1::2].square().mean(0))
-        alone.append(F.cosine_similarity(y.T[:, None], x.T, dim=2, eps=1e-15).square())
-    return torch.stack(together).mean(0).clamp(min=0), torch.stack(alone).mean(0)
-
 
 def draw_pose(run, figure, drawn=4000):
     images, labels, poses = draw_digits(drawn, train=False)             # files tell no poses
     x = fit_side(images, run.data.side).to(run.device).float() / 255
-    together, alone = r_squared(features(run, x, labels), poses, labels)
+    capsules = measure.true_capsules(run, x, labels)
+    together, alone = measure.explained_variance(capsules, poses, labels)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     shown = left.imshow(alone.numpy(), vmin=0, aspect="auto")
     left.set_yticks(range(len(POSE)), list(POSE))
-    left.set(xlabel="dimension", title="squared correlation, each alone")
+    left.set(xlabel="dimension", title="squared correlation, each dimension alone")
     figure.colorbar(shown, ax=left)
     right.bar_label(right.bar(list(POSE), together.numpy(), color=figures.COLOURS[0]), fmt="%.2f")
-    right.set(ylim=(0, 1), ylabel="$R^2$", title="a linear fit on all of them, held out")
+    right.set(ylim=(0, 1), ylabel="$R^2$", title="a linear fit on all dimensions, held-out images")
     return dict(zip(POSE, together.tolist(), strict=True))
 
 
@@ -105,12 +74,12 @@ def capconvs(run):
 def draw_coefficients(run, figure, shown=3):
     layers = capconvs(run)
     layers = list(dict.fromkeys([layers[0], layers[len(layers) // 2]]))
-    x, numbers = spread_images(run, 60)[0], {}
+    x, numbers = measure.spread_images(run, 60)[0], {}
     first, *axes, density = figure.subplots(1, 2 + 2 * len(layers), width_ratios=[
         *[2] * (1 + 2 * len(layers)), 3])
     draw_maps(first, x[:shown].mean(1), "image", cmap="gray")
     for k, layer in enumerate(layers):
-        u, _ = input_and_output(layer, scores, run, x)
+        u, _ = measure.input_and_output(layer, measure.class_scores, run, x)
         pair = [m.cpu() for m in layer.branches(u)[2:]]                # m1, m2 (B, G, H, W)
         maps = torch.stack([m[:shown].mean(1) for m in pair])          # (2, shown, H, W)
         two = axes[2 * k:2 * k + 2]
@@ -129,48 +98,37 @@ def draw_coefficients(run, figure, shown=3):
     return numbers
 
 
-def match(a, b):
-    """Correlation of images (B, ...) with their counterparts, mean over B."""
-    a, b = (z.flatten(1) - z.flatten(1).mean(1, keepdim=True) for z in (a, b))
-    return F.cosine_similarity(a, b).mean().item()
-
-
 def draw_feedback(run, figure, shown=4):
     def lengths(image):                                # mean over types, (B, H, W)
         return image.unflatten(1, (getattr(run.net, "types", 1), -1)).norm(dim=2).mean(1)
-    _, pairs = run.net.walk(run.net.stem(normalised(spread_images(run, 200)[0], run.data)))
-    units = list(zip(run.net.units, pairs, strict=True))
-    both = [(low, unit.generate(high, low.shape[-2:])) for unit, (low, high) in units]
-    series = {"all channels": [match(a, b) for a, b in both],
-              "capsule lengths": [match(lengths(a), lengths(b)) for a, b in both],
-              "lengths, other image": [match(lengths(a), lengths(b).roll(1, 0)) for a, b in both],
-              "told apart": [unit.told_apart(low).item() for unit, (low, _) in units]}
-    axes, names = figure.subplot_mosaic("RB;GB"), [f"unit {k + 1}" for k in range(len(units))]
-    for axis, image, what in zip((axes["R"], axes["G"]), both[0], ("real", "generated"),
-                                 strict=True):
-        draw_maps(axis, lengths(image)[:shown], f"{what}, unit 1", columns=shown)
-    bars = axes["B"]
-    for k, (label, values) in enumerate(series.items()):
-        places = [j + .2 * (k - 1.5) for j in range(len(units))]
-        drawn = bars.bar(places, values, .2, label=label, color=figures.COLOURS[k])
-        bars.bar_label(drawn, fmt="%.2f", fontsize=7, rotation=90, padding=3)
-    bars.set_xticks(range(len(units)), names)
-    bars.margins(y=.3)                                                 # room for the numbers
-    bars.axhline(0, color="0.5", lw=.8)
-    bars.set(ylabel="correlation, or share",
-             title="correlation of generated and real; share told apart", xlabel=
-             "told apart: share of variance between samples in the features that a unit compares;\n"
-             "near 0 all images look alike to the unit, and it feeds nothing back")
+    _, pairs = run.net.walk(run.net.stem(normalised(measure.spread_images(run, 200)[0], run.data)))
+    axes, found = figure.subplot_mosaic("RB;GB"), {}
+    for k, (unit, (low, high)) in enumerate(zip(run.net.units, pairs, strict=True), 1):
+        made = unit.generate(high, low.shape[-2:])
+        real, generated = lengths(low), lengths(made)
+        if k == 1:
+            draw_maps(axes["R"], real[:shown], "real, unit 1", columns=shown)
+            draw_maps(axes["G"], generated[:shown], "generated, unit 1", columns=shown)
+        for label, value in (
+                ("correlation, all channels", measure.correlation(low, made)),
+                ("correlation, capsule lengths", measure.correlation(real, generated)),
+                ("the same, another image", measure.correlation(real, generated.roll(1, 0))),
+                ("share told apart", unit.told_apart(low).item())):
+            found.setdefault(label, {})[f"unit {k}"] = value
+    figures.draw_series(
+        axes["B"], found, lambda value: (value, math.nan), title="generated against real images",
+        xlabel="told apart: share of variance between samples in the features a unit compares;\n"
+        "near 0 all images look alike to the unit, and it feeds nothing back")
     figure.legend(loc="outside lower right", ncols=4, fontsize=8)
-    return {label: dict(zip(names, values, strict=True)) for label, values in series.items()}
+    return found
 
 
 PANELS = [  # title; of which runs; how; height in inches
-    ("What the dimensions of the right class capsule tell",
+    ("What the dimensions of the true class's capsule encode",
      lambda run: run.config.dataset == "digits" and not run.net.logits, draw_pose, 2.7),
     ("Master and aide coefficients, mean over types", capconvs, draw_coefficients, 4),
     ("What the feedback generator recovers of the lower layer",
-     lambda run: len(getattr(run.net, "units", ())), draw_feedback, 3.2),
+     lambda run: len(getattr(run.net, "units", ())), draw_feedback, 3.6),
 ]
 
 
@@ -180,7 +138,7 @@ def explain(run):
     panels = [panel for panel in PANELS if panel[1](run)]
     if not panels:
         raise Problem(f"{run.folder}: a page needs capsules of digits, capConv or feedback units")
-    heights = [height for *_, height in panels]
+    *_, heights = zip(*panels, strict=True)
     figure = Figure(figsize=(13, .4 + sum(heights)), layout="constrained")
     title = f"{run.folder}: {name_of(run)} on {run.data.name}, epochs={run.config.epochs}"
     figure.suptitle(figures.shortened(title, 150), fontsize=10)
@@ -199,8 +157,8 @@ CHANGES = {  # name: strengths; each image is changed to one side or the other, 
     "rotation": ("degrees", (10, 20, 30, 45)),
     "shift": ("pixels, both ways", (1, 2, 4, 6)),
     "scale": ("log2 of the size", (.25, .5, .75, 1)),
-    "shear": ("lean a unit of height", (.15, .3, .45, .6)),
-    "noise": ("sd, of 1", (.05, .1, .2, .3)),
+    "shear": ("lean per unit of height", (.15, .3, .45, .6)),
+    "noise": ("of a pixel's range (sd)", (.05, .1, .2, .3)),
 }
 
 
@@ -236,15 +194,15 @@ class Attacked(torch.nn.Module):
         self.eval()
 
     def forward(self, x):
-        z = scores(self.run, x)
+        z = measure.class_scores(self.run, x)
         return z if self.net.logits else z.logit(1e-7)
 
 
-def attacks(model, eps, steps, classes):
-    """{name: [an attack within eps in L-inf, ...]}, those of torchattacks.
+def attacks(model, eps, classes, steps=20):
+    """{name: [an attack within eps in L-inf, ...]} of torchattacks.
 
-    APGD chooses its own step sizes.  On cross entropy and on the difference of logits ratio, which
-    needs three classes, it is the half of AutoAttack that follows gradients.
+    APGD, which finds its own step sizes, is the part of AutoAttack that follows the gradient: of
+    cross entropy and, where there are three classes, of the difference of logits ratio.
     """
     import torchattacks
     losses = ("ce", "dlr") if classes > 2 else ("ce",)
@@ -253,39 +211,28 @@ def attacks(model, eps, steps, classes):
             "APGD": [torchattacks.APGD(model, eps=eps, steps=steps, loss=loss) for loss in losses]}
 
 
-def measure(run, n, steps, budgets):
-    """Errors in % -> {change or attack: {strength: error}}, each told when it is known.
+def errors_of(run, n, budgets):
+    """Errors in % -> {change or attack: {strength: error}}, told as they are found."""
+    x, labels = measure.spread_images(run, n)
+    errors, generator = {}, torch.Generator().manual_seed(0)           # alike for every run
+    torch.manual_seed(0)
 
-    budgets: eps, in 1/255;  an image on which the network was wrong within one is not attacked
-    again by the same attack within a larger one
-    """
-    x, labels = spread_images(run, n)
-    model, errors, generator = Attacked(run), {}, torch.Generator().manual_seed(0)
-    torch.manual_seed(0)                                               # alike for every run
-
-    def wrong(x, labels):
-        return scores(run, x).argmax(1) != labels
+    def wrong(x):
+        return measure.class_scores(run, x).argmax(1) != labels
 
     def tell(test, strength, words, wrong):
         error = 100 * wrong.double().mean().item()
         errors.setdefault(test, {})[f"{strength:g}"] = error
         say(f"  {words}: wrong on {error:.1f} % of {count(len(x), 'image')}")
-    clean = wrong(x, labels)
+    clean = wrong(x)
     tell("clean", 0, "unchanged", clean)
     for kind, (unit, strengths) in CHANGES.items():
         for s in strengths:
-            moved = changed(x, kind, s, generator)
-            tell(kind, s, f"{kind}, {s:g} {unit}", wrong(moved, labels))
-    found = {}
-    for eps in sorted(budgets):
-        for name, tools in attacks(model, eps / 255, steps, len(run.data.classes)).items():
-            fooled = found.setdefault(name, clean.clone())
-            for tool in tools:
-                left = (~fooled).nonzero()[:, 0]
-                if len(left):
-                    fooled[left] = wrong(tool(x[left], labels[left]), labels[left])
-            tell(name, eps, f"{name}, no pixel changed by more than {eps:g}/255", fooled)
-        tell("any attack", eps, f"one of them, {eps:g}/255", torch.stack([*found.values()]).any(0))
+            tell(kind, s, f"{kind}, {s:g} {unit}", wrong(changed(x, kind, s, generator)))
+    for eps in budgets:
+        for name, tools in attacks(Attacked(run), eps / 255, len(run.data.classes)).items():
+            fooled = torch.stack([clean, *(wrong(tool(x, labels)) for tool in tools)]).any(0)
+            tell(name, eps, f"{name}, each pixel changed by at most {eps:g}/255", fooled)
     return errors
 
 
@@ -295,10 +242,7 @@ def mean_sd(values):
 
 
 def draw_robustness(groups, path):
-    """One panel per change or attack, one line per model, bars the sd over seeds.
-
-    groups: {model: [errors of a seed, ...]};  strengths stand side by side, from none
-    """
+    """One panel per change or attack, one line per model of {model: [errors of a seed, ...]}."""
     units = {**{kind: unit for kind, (unit, _) in CHANGES.items()},
              **dict.fromkeys(("FGSM", "PGD", "APGD"), "eps, in 1/255")}
     figure, axes = figures.canvas(2, 4, width=11, height=2.9)
@@ -309,21 +253,21 @@ def draw_robustness(groups, path):
             series[name] = {k: [errors[s] for errors in kept] for k, s in enumerate(kept[0])}
         figures.draw_series(axis, series, mean_sd, title=test, xlabel=unit, ylim=(0, 102))
         axis.set_xticks(range(len(kept[0])), list(kept[0]))
-    for row in axes:
-        row[0].set_ylabel("error (%)")
+    figure.supylabel("error (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figures.save_figure(figure, path)
 
 
-def robustness(runs, images, steps, eps):
+def robustness(runs, images, eps):
     """Error of every run under changes and attacks; the first one's robustness.png shows all."""
-    groups, trainings = {}, [{**identity(run.config), "epochs": run.config.epochs} for run in runs]
-    for run, training in zip(runs, trainings, strict=True):
+    groups, usual = {}, {**identity(runs[0].config), "epochs": runs[0].config.epochs}
+    for run in runs:
+        training = {**identity(run.config), "epochs": run.config.epochs}
         unlike = [f"{name}={value}" for name, value in training.items()
-                  if value != trainings[0][name] and name not in ("model", "set", "seed")]
+                  if value != usual[name] and name not in ("model", "set", "seed")]
         label = " ".join([name_of(run), *unlike])
         say(f"{run.folder}: {label}")
-        errors = measure(run, images, steps, eps)
+        errors = errors_of(run, images, eps)
         record({"robustness": name_of(run), "folder": str(run.folder), "seed": run.config.seed,
                 "training": training, "images": min(images, len(run.data.test)), "errors": errors,
                 "environment": environment(run.device)})               # its command has the flags
@@ -337,14 +281,11 @@ def command(words):
     parser = Parser("python -m lab.explore", description=__doc__)
     parser.add_argument("name", choices=("explain", "robustness"), help="what to do, as above")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
-    tests = parser.add_argument_group("robustness")
-    for name, default, text in (("images", 200, "test images"), ("steps", 20, "of PGD and APGD")):
-        tests.add_argument(f"--{name}", type=number(1), default=default, metavar="N",
-                           help=f"{text} (default: {default})")
-    tests.add_argument("--eps", nargs="+", type=number(0, float), default=[4, 8, 16, 32, 127.5],
-                       metavar="E", help="how far an attack may change a pixel, in 1/255 (default: "
-                       "4 8 16 32 127.5; within the last, half the range, every network must fall, "
-                       "or its gradient is masked)")
+    parser.add_argument("--images", type=number(1), default=200, metavar="N",
+                        help="test images of robustness (default: 200)")
+    parser.add_argument("--eps", nargs="+", type=number(0, float), default=[4, 8, 16, 32, 127.5],
+                        metavar="E", help="largest change of a pixel by an attack, in 1/255 "
+                        "(default: 4 8 16 32 127.5; if the last fails, the gradient is masked)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(words)
@@ -352,7 +293,7 @@ def command(words):
         raise Problem("robustness needs torchattacks: pip install torchattacks")
     runs = [load(path, given.device) for path in given.runs]
     if given.name == "robustness":
-        return robustness(runs, given.images, given.steps, given.eps)
+        return robustness(runs, given.images, given.eps)
     for run in runs:
         explain(run)
 

@@ -17,6 +17,11 @@ def forward(model, config, x):
     return scores.float(), feedback.float()
 
 
+def class_scores(run, x):
+    """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
+    return forward(run.net, run.config, normalised(x, run.data))[0]
+
+
 @torch.no_grad()
 def count_hits(run, multi_crop=False):
     """Of the whole test set, each image counted once however many the processes.
@@ -31,8 +36,7 @@ def count_hits(run, multi_crop=False):
         dist.broadcast(t, 0)
     chunks = mine.split(run.config.batch_size)
     for images, labels, _ in data.test.batches(chunks, run.device, run.config.workers):
-        scores = [forward(run.net, run.config, normalised(x, data))[0]
-                  for x in views(images, data.side, multi_crop, mirror)]
+        scores = [class_scores(run, x) for x in views(images, data.side, multi_crop, mirror)]
         scores = sum(s.softmax(1) if run.net.logits else s for s in scores)
         right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
         hits += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
@@ -106,5 +110,38 @@ def spread_images(run, n):
 def answered_images(run, n):
     """n test images in [0, 1], spread over all of them, the network's answers, the labels."""
     x, labels = spread_images(run, n)
-    answers = forward(run.net.eval(), run.config, normalised(x, run.data))[0].argmax(1)
+    run.net.eval()
+    answers = class_scores(run, x).argmax(1)
     return x.cpu(), answers.tolist(), labels.tolist()
+
+
+def true_capsules(run, x, labels):
+    """The capsule of each image's true class, whose length is the score: (B, d)."""
+    layer, parts = getattr(run.net, "classes", None) or run.net.routed[-1], []
+    for part, label in zip(x.split(250), labels.split(250), strict=True):
+        _, v = input_and_output(layer, class_scores, run, part)
+        parts.append(v[torch.arange(len(v)), label])
+    return torch.cat(parts).cpu().double()
+
+
+def explained_variance(z, factors, labels):
+    """Share of each factor's variance that a linear fit on z explains, mean over classes.
+
+    z: (B, F);  factors: (B, f) -> all of z, on held-out images (f,);  each of z alone (f, F)
+    """
+    together, alone = [], []
+    for k in labels.unique():
+        x, y = z[labels == k], factors[labels == k].double()
+        x, y = x - x.mean(0), y - y.mean(0)
+        # Where a capsule never uses a dimension, gelsd's rank cut leaves it alone.
+        w = torch.linalg.lstsq(x[::2], y[::2], driver="gelsd").solution
+        rest = y[1::2] - x[1::2] @ w
+        together.append(1 - rest.square().mean(0) / y[1::2].square().mean(0))
+        alone.append(F.cosine_similarity(y.T[:, None], x.T, dim=2, eps=1e-15).square())
+    return torch.stack(together).mean(0).clamp(min=0), torch.stack(alone).mean(0)
+
+
+def correlation(a, b):
+    """Correlation of images (B, ...) with their counterparts, mean over B."""
+    a, b = (z.flatten(1) - z.flatten(1).mean(1, keepdim=True) for z in (a, b))
+    return F.cosine_similarity(a, b).mean().item()
