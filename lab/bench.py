@@ -18,9 +18,10 @@ import torch
 
 import encapnet
 from encapnet import RoutedCapsules, squash
-from lab.config import Parser, as_json, make_config
+from lab.config import Parser, make_config
 from lab.data import Data, Split
-from lab.fit import build_run, environment, record, start, train_step
+from lab.fit import build_run, start, train_step
+from lab.results import as_json, environment, record
 from lab.runtime import guarded, rank, say, world
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own lines on stderr

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 
 import encapnet
 from lab import figures, measure
-from lab.config import Parser, identity, number
+from lab.config import Parser, number
 from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import Run, environment, record
+from lab.fit import Run
+from lab.results import environment, identity, record
 from lab.runtime import Problem, count, guarded, say, write_file
 from lab.use import test_data, trained
 
@@ -113,7 +114,7 @@ def draw_feedback(run, figure, shown=4):
                 ("correlation, all channels", measure.correlation(low, made)),
                 ("correlation, capsule lengths", measure.correlation(real, generated)),
                 ("the same, another image", measure.correlation(real, generated.roll(1, 0))),
-                ("share told apart", unit.told_apart(low).item())):
+                ("share told apart", measure.variance_between_samples(unit, low).item())):
             found.setdefault(label, {})[f"unit {k}"] = value
     figures.draw_series(
         axes["B"], found, lambda value: (value, math.nan), title="generated against real images",

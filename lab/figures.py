@@ -53,10 +53,11 @@ def whole_epochs(axis):
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def draw_run(title, history, images, answers, labels, classes, path):
+def draw_run(title, chance, history, images, answers, labels, classes, path):
     """Loss and error against epochs, and at most 24 test images with the network's answers.
 
-    history: entries of the log;  images: (n, C, H, W) in [0, 1];  answers, labels: class numbers
+    chance: an error in %;  history: entries of the log;  images: (n, C, H, W) in [0, 1]
+    answers, labels: class numbers
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 7.5), layout="constrained")
@@ -64,7 +65,7 @@ def draw_run(title, history, images, answers, labels, classes, path):
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 4.5))
     left, right = top.subplots(1, 2)
     losses = ("loss", "feedback") if any(e["feedback"] for e in history) else ("loss",)
-    right.axhline(100 * (1 - 1 / len(classes)), color="0.5", ls="--", lw=1, label="chance")
+    right.axhline(chance, color="0.5", ls="--", lw=1, label="chance")
     for axis, names, unit in ((left, losses, "loss"),
                               (right, ("train_error", "test_error"), "error (%)")):
         for name, colour in zip(names, COLOURS, strict=False):

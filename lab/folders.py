@@ -1,16 +1,20 @@
 """Folders of image files, one's own or ImageNet's: which there are, read and decoded."""
+import contextlib
 import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from lab.runtime import Problem, count, reason, say, write_file
+from lab.runtime import Problem, count, reason, say
 
 HELD_BYTES = 4 << 30          # folders up to this size are decoded once and held
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
+            ".webp")
+FULL_SCALES = (1, 2 ** 8 - 1, 2 ** 12 - 1, 2 ** 16 - 1)          # of white in one-channel images
 
 
 def drawn_by(config, split):
@@ -28,19 +32,43 @@ def chosen(n, config, split):
     return order[:wanted].sort().values if wanted else torch.arange(n)
 
 
+def as_rgb(image):
+    """A PIL image of any mode, upright; on white where it is transparent."""
+    from PIL import Image, ImageOps
+    image.load()                                          # raises where pixels are damaged
+    with contextlib.suppress(Exception):                  # a damaged EXIF block raises anything
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                             # 16 or 32 bits, whichever way stored
+        image = Image.fromarray(as_bytes(np.asarray(image.convert("F"))))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def as_bytes(values):
+    """Numbers of an image in one of the usual ranges, the smallest that holds them -> uint8."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= FULL_SCALES[-1]:
+        raise ValueError(f"pixels from {low:g} to {high:g}; known are 0 to 1, 255, 4095 or 65535")
+    white = next(w for w in FULL_SCALES if high <= w)
+    return (values * (255 / white)).round().astype(np.uint8)
+
+
 def decode(file, side, box=None):
-    """An image file of any mode -> (3, side, side) uint8: short side resized, centre cropped.
+    """An image file, PIL image or array (H, W) or (H, W, 3 or 4) of any kind -> (3, side, side)
+    uint8: short side resized, centre cropped.
 
     box: (left, top, right, bottom) to cut out first
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
-    with Image.open(file) as image:                       # PIL refuses what is too large
-        if image.mode.startswith("I"):                    # 16 bits, whichever way stored
-            image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
-        clear = "transparency" in image.info              # a palette with a transparent colour
-        image = ImageOps.exif_transpose(image).convert("RGBA" if clear else "RGB")
-        image = image.convert("RGB").crop(box) if box else image.convert("RGB")
+    if isinstance(file, np.ndarray):
+        file = Image.fromarray(file if file.dtype == np.uint8 else as_bytes(file))
+    with contextlib.nullcontext(file) if isinstance(file, Image.Image) else \
+            Image.open(file) as image:                    # PIL refuses what is too large
+        image = as_rgb(image)
+    image = image.crop(box) if box else image
     scale = side / min(image.size)
     width, height = (max(side, round(s * scale)) for s in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -78,23 +106,63 @@ def split_folder(root, split):
                   f"and {root}/test/CLASS/*.jpg (or val)")
 
 
+def shown(folder):
+    """What lies in a folder, by name, but for what is hidden or a system's own."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if entry.name[0] != "."
+                       and entry.name != "__MACOSX"), key=lambda entry: entry.name)
+
+
+def leads_back(path, above):
+    """Whether a folder is, by a link, one of these or one in which one of these lies."""
+    there = Path(path).resolve()
+    return any(folder.is_relative_to(there) for folder in above)
+
+
 def class_folders(folder):
-    found = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    found = [entry.name for entry in shown(folder)
+             if entry.is_dir() and not leads_back(entry.path, [folder.resolve()])]
     if not found:
         raise Problem(f"{folder} has no class folders: images go to {folder}/CLASS/*.jpg")
     return found
 
 
+def files_below(folder, above=()):
+    """Paths of the files in a folder and its folders, without going round in circles of links."""
+    above = (*above, Path(folder).resolve())
+    for entry in shown(folder):
+        if not entry.is_dir():
+            yield entry.path
+        elif not leads_back(entry.path, above):
+            yield from files_below(entry.path, above)
+
+
+def is_image(path):
+    return path.lower().endswith(SUFFIXES)
+
+
 def image_files(folder, classes):
     """(path, place in classes) of every image, in the order of class names and file names."""
-    from torchvision.datasets.folder import make_dataset
-    number = {name: k for k, name in enumerate(classes)}
-    return make_dataset(str(folder), number, tuple(SUFFIXES), allow_empty=True)
+    files = [(path, k) for k, name in enumerate(classes) if (folder / name).is_dir()
+             for path in files_below(folder / name, [folder.resolve()])]
+    if others := [Path(path).suffix or path for path, _ in files if not is_image(path)]:
+        say(f"{folder}: {count(len(others), 'file')} passed over, not images by their names "
+            f"({', '.join(sorted(set(others)))[:80]})")
+    return [(path, k) for path, k in files if is_image(path)]
+
+
+def file_stamp(path):
+    """Size and time of a file; of a link to nothing nothing."""
+    try:
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    except OSError:
+        return 0, 0
 
 
 def fingerprint(files):
     """What identifies own images: classes, counts, names and sizes of files, not where they lie."""
-    known = [(Path(path).name, k, os.path.getsize(path)) for path, k in files]
+    known = [(Path(path).name, k, file_stamp(path)[0]) for path, k in files]
     return f"{len(files)} files {hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
 
 
@@ -142,15 +210,15 @@ def load_classes(config, held, classes, boxes):
     for split in ("train", "test"):
         folder = split_folder(Path(config.data_path), split)
         files = image_files(folder, classes)
-        seen = {k for _, k in files}
-        if lacking := [name for k, name in enumerate(classes) if k not in seen]:
-            told = f"{folder}: no images in {', '.join(lacking[:5])}" + ", ..." * (len(lacking) > 5)
-            if split == "train" or not files:
-                raise Problem(told)
-            say(f"{told}: not tested")
-        known.append(fingerprint(files))
         samples = [((path, box), k) for path, k in files
                    for box in boxes.get(Path(path).stem, [None])]
+        seen = {k for _, k in samples}
+        if lacking := [name for k, name in enumerate(classes) if k not in seen]:
+            told = f"{folder}: no images in {', '.join(lacking[:5])}" + ", ..." * (len(lacking) > 5)
+            if split == "train" or not samples:
+                raise Problem(f"{told} (known by their names: {' '.join(SUFFIXES)})")
+            say(f"{told}: not tested")
+        known.append(fingerprint(files))
         samples = [samples[k] for k in chosen(len(samples), config, split)]
         images, keep = read_images(Files([s for s, _ in samples], held), folder, config.unreadable)
         splits.append((images, torch.tensor([samples[k][1] for k in keep])))
@@ -159,43 +227,36 @@ def load_classes(config, held, classes, boxes):
 
 # ---- h-ImageNet   [Sec. 5] -----------------------------------------------------------------------
 
-def hard_classes(config, root, hardest=200):
-    """The classes on which ResNet-18 errs most: --class-list, or measured once and kept."""
-    file = Path(config.class_list or root / "h-imagenet-classes.txt")
-    if not file.exists() and not config.class_list:
-        folder = split_folder(root, "test")
-        found = class_folders(folder)
-        if len(found) != 1000:
-            raise Problem(f"{root}: the hardest classes are chosen among 1000, not {len(found)}; "
-                          "give them with --class-list FILE")
-        share = right_answers(image_files(folder, found), config.workers)
-        worst = share.argsort()[:hardest].tolist()
-        write_file(file, "".join(f"{found[k]}\n" for k in sorted(worst)).encode())
+def hard_classes(config, root):
+    """The classes of --class-list; else of the authors' 200 those that there are.
+
+    On these a ResNet-18's top-1 error is highest; hardest first.  The list is the file
+    data/imagenet/top1_hardest_200_cls.txt of github.com/hli2020/nn_encapsulation, commit 2898d2f.
+    """
+    file = Path(config.class_list or Path(__file__).with_name("h-imagenet-classes.txt"))
     try:
-        return file.read_text().split()
+        classes = file.read_text().split()
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"--class-list {file}: {error}") from error
+    if config.class_list:
+        return classes
+    folder = split_folder(root, "train")
+    here = set(class_folders(folder))
+    found = [name for name in classes if name in here]
+    if not found:
+        raise Problem(f"{folder} has none of the paper's 200 hard classes, {classes[0]} and so on; "
+                      "name others with --class-list FILE")
+    if len(found) < len(classes):
+        say(f"{folder}: {len(found)} of the paper's {len(classes)} hard classes")
+    return found
 
 
-@torch.no_grad()
-def right_answers(files, workers):
-    """Share of each of the 1000 classes' images that torchvision's ResNet-18 gets right."""
-    import torchvision.models
-    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    try:
-        net = torchvision.models.resnet18(weights=weights).eval()
-    except (OSError, RuntimeError) as error:
-        raise Problem(f"no ResNet-18 to choose classes with ({reason(error)}): download "
-                      f"{weights.url}, or give --class-list FILE") from error
-    truth = torch.tensor([k for _, k in files])
-    images = Files([(path, None) for path, _ in files], 256)
-    answers = torch.cat([net(weights.transforms()(batch)).argmax(1) for batch in
-                         torch.utils.data.DataLoader(images, 64, num_workers=workers)])
-    return truth[answers == truth].bincount(minlength=1000) / truth.bincount(minlength=1000)
+def annotated_boxes(root, padding=0.1, smallest=50):
+    """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's annotations.
 
-
-def annotated_boxes(root, padding=0.1):
-    """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's annotations."""
+    Boxes under 50 pixels in height or width are left out, as in the authors' preparation; an image
+    that has no others keeps none.
+    """
     from xml.etree import ElementTree
     boxes = {}
     for file in sorted((root / "Annotations").rglob("*.xml")):
@@ -203,9 +264,11 @@ def annotated_boxes(root, padding=0.1):
             for box in ElementTree.parse(file).iter("bndbox"):
                 left, top, right, bottom = (
                     int(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
-                dx, dy = padding * (right - left), padding * (bottom - top)
-                enlarged_box = (left - dx, top - dy, right + dx, bottom + dy)
-                boxes.setdefault(file.stem, []).append(tuple(map(round, enlarged_box)))
+                kept = boxes.setdefault(file.stem, [])
+                if min(right - left, bottom - top) >= smallest:
+                    dx, dy = padding * (right - left), padding * (bottom - top)
+                    enlarged_box = (left - dx, top - dy, right + dx, bottom + dy)
+                    kept.append(tuple(map(round, enlarged_box)))
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise Problem(f"annotation {file} is damaged: {error}") from error
     return boxes
@@ -214,7 +277,7 @@ def annotated_boxes(root, padding=0.1):
 def load_h_imagenet(config, held):
     """255,725 + 17,101 images in the paper: hard classes, objects cut out by their boxes. [Sec. 5]
 
-    Where an image has no boxes it is taken whole.
+    An image without annotations is taken whole; one whose boxes are all small is left out.
     """
     root = Path(config.data_path)
     return load_classes(config, held, hard_classes(config, root), annotated_boxes(root))

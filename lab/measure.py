@@ -26,11 +26,11 @@ def class_scores(run, x):
 def count_hits(run, multi_crop=False):
     """Of the whole test set, each image counted once however many the processes.
 
-    -> (3,): right first answers, right among the first five, images; on the device
+    -> (K, 3), of each class: right first answers, right among the first five, images; on the device
     """
     data, mirror = run.data, DATASETS[run.config.dataset].flips
     mine = torch.arange(rank(), len(data.test), world(), device=run.device)
-    hits = torch.zeros(3, dtype=torch.long, device=run.device)           # top-1, top-5, images
+    hits = torch.zeros(len(data.classes), 3, dtype=torch.long, device=run.device)
     run.net.eval()
     for t in run.net.buffers() if world() > 1 else ():    # moments of BatchNorm: those saved
         dist.broadcast(t, 0)
@@ -39,16 +39,37 @@ def count_hits(run, multi_crop=False):
         scores = [class_scores(run, x) for x in views(images, data.side, multi_crop, mirror)]
         scores = sum(s.softmax(1) if run.net.logits else s for s in scores)
         right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-        hits += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
+        found = torch.stack([right[:, 0], right.any(1), torch.ones_like(right[:, 0])], 1)
+        hits.index_add_(0, labels, found.long())
     if world() > 1:
         dist.all_reduce(hits)
     return hits
 
 
 def evaluate(run, multi_crop=False):
-    """Errors in % -> {"error": top-1, "top5_error":, "images": their number}"""
-    top1, top5, n = count_hits(run, multi_crop).tolist()
-    return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n}
+    """Errors in % -> {"error": top-1, "top5_error":, "images": their number, "class_errors":}"""
+    hits = count_hits(run, multi_crop)
+    top1, top5, n = hits.sum(0).tolist()
+    classes = {name: 100 * (seen - right) / seen if seen else None
+               for name, (right, _, seen) in zip(run.data.classes, hits.tolist(), strict=True)}
+    return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n,
+            "class_errors": classes}
+
+
+def unbalanced(labels):
+    """Whether some class has twice as many images as another."""
+    fewest, most = labels.unique(return_counts=True)[1].aminmax()
+    return bool(most >= 2 * fewest)
+
+
+def chance_error(run):
+    """Test error in % of always naming the class that most training images are of."""
+    usual = run.data.train.labels.bincount().argmax()
+    return 100 * (run.data.test.labels != usual).double().mean().item()
+
+
+def at_chance(run, error):
+    return error > 0.95 * chance_error(run)
 
 
 def input_and_output(layer, function, *arguments):
@@ -89,14 +110,26 @@ def first_images(run, n):
     return images_at(run, torch.arange(min(n, len(run.data.test))))
 
 
+def variance_between_samples(unit, low):
+    """Share of variance between samples in the features that a feedback unit extracts.
+
+    Of their directions z, which are all that the cosine cost sees: 1 - |mean z|^2 / mean |z|^2.
+    Towards 1: features tell samples apart; 0: all samples look alike, the trivial minimum.
+    low: (B, low, H, W), in eval mode, or BatchNorm's averages move -> scalar, in [0, 1)
+    """
+    z = F.normalize(unit.extract(low).float())                           # (B, F)
+    square = z.square().sum(1).mean()
+    return (1 - z.mean(0).square().sum() / square.clamp_min(1e-12)) * (square > 0)
+
+
 @torch.no_grad()
 def told_apart(run):
-    """[FeedbackUnit.told_apart of every unit] on the first 200 test images, in eval."""
+    """[variance_between_samples of every unit] on the first 200 test images, in eval."""
     if not getattr(run.net, "feedback", 0):
         return []
     x = normalised(first_images(run, 200)[0], run.data)
     _, pairs = run.net.eval().walk(run.net.stem(x))
-    return [unit.told_apart(low).item()
+    return [variance_between_samples(unit, low).item()
             for unit, (low, _) in zip(run.net.units, pairs, strict=True)]
 
 

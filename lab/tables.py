@@ -3,7 +3,6 @@
 Rows are those of paper.py; results are the lines of results/*.jsonl and of runs/results.jsonl.
 """
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -14,32 +13,25 @@ import torch
 
 import encapnet
 from lab import bench
-from lab.config import Config, config_key, data_name, identity, make_config, merge, tested_on
+from lab.config import Config, make_config, merge, tested_on
 from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
-from lab.fit import clock, environment, fit, make_model, record
+from lab.fit import clock, fit, make_model
 from lab.paper import CIFAR10, FIGURES, TABLES, use
+from lab.results import (
+    OWN,
+    PUBLISHED,
+    config_key,
+    data_name,
+    environment,
+    identity,
+    read_results,
+    record,
+)
 from lab.runtime import RUNS, Diverged, Problem, count, pick_device, rank, reason, say
 
 # ---- What has been run, and what a cell asks for -------------------------------------------------
 
-OWN, PUBLISHED, README = RUNS / "results.jsonl", Path("results"), Path("README.md")
-
-
-def read_lines(*files):
-    """The entries of JSON-lines files; a torn line is told and left out."""
-    for file in files:
-        for n, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                say(f"{file}, line {n}: torn, left out")
-
-
-def read_results(*files):
-    """runs {(config key, seed): line}, later lines win, and the lines of both kinds of benches."""
-    lines = list(read_lines(*sorted(PUBLISHED.glob("*.jsonl")), *files))
-    return ({(line["key"], line["seed"]): line for line in lines if "key" in line},
-            *([line[kind] for line in lines if kind in line] for kind in ("bench", "speed")))
+README = Path("README.md")
 
 
 def of_seeds(config, runs):
@@ -50,14 +42,16 @@ def of_seeds(config, runs):
 def row_config(*layers):
     """A cell's Config.  --set reaches the networks that take it; types=T narrows the others."""
     changes = merge(*layers)
-    cls, usual = encapnet.MODELS.get(changes["model"], (None, {}))
-    mine = encapnet.keywords(cls) if cls else ()
-    known = {name for other, _ in encapnet.MODELS.values() for name in encapnet.keywords(other)}
+    model = encapnet.MODELS.get(changes["model"])
+    mine = encapnet.keywords(model.network) if model else ()
+    known = {name for other in encapnet.MODELS.values()
+             for name in encapnet.keywords(other.network)}
     wanted = {k: v for k, v in changes["set"].items() if k in mine or k not in known}
     types = changes["set"].get("types")
     if isinstance(types, int) and "types" not in mine:
-        wanted = {"width": usual.get("width", 1.0) * types / 32, **wanted}
-    return make_config(**{**changes, "set": wanted})
+        wanted = {"width": types / 32, **wanted}
+    recipe = {"recipe": "paper"} if changes.get("dataset") == "folder" else {}
+    return make_config(**{**recipe, **changes, "set": wanted})
 
 
 def asked_parts(parts, given, only=()):
@@ -118,7 +112,7 @@ def obtain(config, runs):
         runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=folder))
     except Diverged as failure:
         runs[key, config.seed] = line = {
-            "data": data_name(config), "model": config.model, "key": key, "seed": config.seed,
+            "data": data_name(config), "model": config.model, "seed": config.seed,
             "error": None, "epochs": config.epochs, "outcome": str(failure).split(";")[0],
             "folder": folder, "config": dataclasses.asdict(config),
             "environment": environment(pick_device(config.device))}

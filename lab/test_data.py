@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets as tv
-import torchvision.models
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
@@ -440,7 +439,7 @@ def test_a_folder_of_images_of_every_kind(cli):
         grey.resize((64, 48)).save(folder / "wide.jpg")
         (Path("own") / split / "steps").mkdir()
         grey.convert("1").save(Path("own") / split / "steps" / "one.png")
-    data = load(dataset="folder", data_path="own", model="encapnet-small")
+    data = load(dataset="folder", data_path="own", augment="none")
     names = sorted(p.name for p in Path("own/train/ramp").iterdir())
     pixels = dict(zip(names, data.train.images.int(), strict=False))
     assert data.train.images.shape == (11, 3, 32, 32)
@@ -509,42 +508,13 @@ def test_a_class_without_test_images_is_said_once_and_the_rest_is_tested(name, c
     assert_one_line(cli(COPY)._replace(out=""), f"copy/{name}: no images in ant, bee, cat")
 
 
-def imagenet_tree(root):
-    random = np.random.default_rng(0)
+def imagenet_tree(root, names=("n01", "n02", "n03")):
     for split, n in (("train", 4), ("val", 2)):
-        for name in ("n01", "n02", "n03"):
+        for name in names:
             folder = root / split / name
             folder.mkdir(parents=True)
             for k in range(n):
-                file = folder / f"{name}_{split}_{k}.JPEG"
-                Image.fromarray(random.integers(0, 60, (80, 100, 3), dtype=np.uint8)).save(file)
-    image = np.zeros((80, 100, 3), np.uint8)
-    image[20:60, 10:50] = 255                             # the object, in its box
-    Image.fromarray(image).save(root / "train/n02/n02_train_0.JPEG", quality=95)
-    notes = root / "Annotations/n02"
-    notes.mkdir(parents=True)
-    box = "<object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>" \
-        "</object>"
-    (notes / "n02_train_0.xml").write_text(
-        f"<annotation>{box.format(15, 25, 45, 55)}{box.format(60, 20, 90, 50)}</annotation>")
-
-
-H_IMAGENET = f"--dataset h-imagenet --data-path own --image-size 32 --epochs 1 {NARROW} " \
-    "--batch-size 4 --class-list list.txt"
-
-
-def test_h_imagenet_cuts_boxes_and_checks(cli):
-    imagenet_tree(Path("own"))
-    Path("list.txt").write_text("n02\nn03\n")
-    done = cli(H_IMAGENET)
-    assert done.code == 0 and "h-imagenet: 9 + 4 images, 2 classes" in done.out
-    read_data.cache_clear()
-    Path("list.txt").write_text("n02\nn77\n")
-    assert_one_line(cli(H_IMAGENET), "n77")
-    (Path("own") / "Annotations/n02/n02_train_0.xml").write_text("<annotation><object>")
-    assert_one_line(cli(H_IMAGENET), "n02_train_0.xml is damaged")
-    assert_one_line(cli(H_IMAGENET.replace("list.txt", "none.txt")), "none.txt")
-    assert_one_line(cli(H_IMAGENET.replace("--class-list list.txt", "")), "--class-list FILE")
+                Image.new("RGB", (100, 80), (k, 0, 0)).save(folder / f"{name}_{split}_{k}.JPEG")
 
 
 def annotate(file, *boxes):
@@ -557,55 +527,79 @@ def annotate(file, *boxes):
     file.write_text(f"<annotation>{objects}</annotation>")
 
 
-def test_a_box_is_enlarged_by_a_tenth_of_its_sides_on_each_of_them(tmp_path):
-    annotate(tmp_path / "Annotations/n02/one.xml", (15, 25, 45, 65), (60, 20, 160, 40))
-    assert annotated_boxes(tmp_path) == {"one": [(12, 21, 48, 69), (50, 18, 170, 42)]}
+H_IMAGENET = f"--dataset h-imagenet --data-path own --image-size 32 --epochs 1 {NARROW} " \
+    "--batch-size 4 --class-list list.txt"
+
+
+def test_h_imagenet_cuts_boxes_and_checks(cli):
+    imagenet_tree(Path("own"))
+    annotate(Path("own/Annotations/n02/n02_train_0.xml"), (15, 25, 65, 75), (30, 20, 90, 80))
+    Path("list.txt").write_text("n02\nn03\n")
+    done = cli(H_IMAGENET)
+    assert done.code == 0 and "h-imagenet: 9 + 4 images, 2 classes" in done.out
+    read_data.cache_clear()
+    Path("list.txt").write_text("n02\nn77\n")
+    assert_one_line(cli(H_IMAGENET), "n77")
+    (Path("own") / "Annotations/n02/n02_train_0.xml").write_text("<annotation><object>")
+    assert_one_line(cli(H_IMAGENET), "n02_train_0.xml is damaged")
+    assert_one_line(cli(H_IMAGENET.replace("list.txt", "none.txt")), "none.txt")
+
+
+def test_a_box_is_enlarged_by_a_tenth_of_its_sides_if_they_have_50_pixels(tmp_path):
+    """Of an image with small boxes alone none is left; without a box it is not annotated."""
+    annotate(tmp_path / "Annotations/n02/one.xml", (15, 25, 65, 105), (60, 20, 160, 70))
+    annotate(tmp_path / "Annotations/n02/two.xml", (0, 0, 49, 99), (20, 40, 70, 90), (0, 0, 99, 49))
+    annotate(tmp_path / "Annotations/small.xml", (0, 0, 49, 99), (0, 0, 99, 49))
+    annotate(tmp_path / "Annotations/none.xml")
+    assert annotated_boxes(tmp_path) == {"one": [(10, 17, 70, 113), (50, 15, 170, 75)],
+                                         "two": [(15, 35, 75, 95)], "small": []}
 
 
 def test_h_imagenet_is_the_listed_classes_their_objects_cut_out(workers, tmp_path):
-    """Of 34 pixels, from which crops are cut; an object each, the whole image where no box is."""
-    truth, random = random_tree(tmp_path, "val"), np.random.default_rng(2)
-    scene = random.integers(0, 256, (80, 100, 3), dtype=np.uint8)
-    Image.fromarray(scene).save(tmp_path / "train/bee/scene.png")
-    annotate(tmp_path / "Annotations/scene.xml", (20, 30, 48, 58), (60, 10, 88, 38))
+    """Of 68 pixels, from which crops are cut; an object each, the whole image where no box is."""
+    truth, random = random_tree(tmp_path, "val", 68), np.random.default_rng(2)
+    scene = random.integers(0, 256, (120, 150, 3), dtype=np.uint8)
+    for name in ("scene", "small"):
+        Image.fromarray(scene).save(tmp_path / f"train/bee/{name}.png")
+    annotate(tmp_path / "Annotations/scene.xml", (20, 30, 76, 86), (80, 10, 136, 66))
+    annotate(tmp_path / "Annotations/small.xml", (20, 30, 60, 86))
     (tmp_path / "list.txt").write_text("bee\nwasp\n")
-    objects = torch.tensor(np.stack([scene[27:61, 17:51], scene[7:41, 57:91]])).permute(0, 3, 1, 2)
+    objects = torch.tensor(np.stack([scene[24:92, 14:82], scene[4:72, 74:142]])).permute(0, 3, 1, 2)
     images, labels = truth["train"]
     expected = torch.cat([images[labels == 1], objects, images[labels == 2]])
-    found = load(dataset="h-imagenet", data_path=str(tmp_path), image_size=32,
+    found = load(dataset="h-imagenet", data_path=str(tmp_path), image_size=64,
                  class_list=str(tmp_path / "list.txt"))
     for part, pixels, counts in ((found.train, expected, (11, 5)),
                                  (found.test, truth["test"][0][truth["test"][1] > 0], (4, 2))):
         pictures, numbers, _ = next(part.batches([torch.arange(sum(counts))], CPU))
-        assert torch.equal(pictures, pixels)
+        assert len(part) == sum(counts) and torch.equal(pictures, pixels)
         assert numbers.tolist() == counts[0] * [0] + counts[1] * [1]
     assert found.classes == ["bee", "wasp"]
 
 
-def test_the_hardest_classes_are_those_resnet18_gets_wrong_most_often(tmp_path, monkeypatch):
-    """A net that reads class and answer off the colours: every fifth class is right in 2 of 3."""
-    hard = [k for k in range(1000) if k % 5 == 3]
-    shade = {}
-    for k in range(1000):
-        folder = tmp_path / f"val/n{k:04}"
-        folder.mkdir(parents=True)
-        for n in range(3 if k in hard else 1):
-            colour = (k // 32, k % 32, 200 if k in hard and n == 1 else 0)
-            Image.new("RGB", (1, 1), colour).save(folder / f"{n}.png")
+def test_h_imagenets_classes_are_the_authors_200_or_those_of_them_that_are_there(cli):
+    """Hardest first; ImageNet's other classes are none of them."""
+    names = (Path(folders.__file__).parent / "h-imagenet-classes.txt").read_text().split()
+    assert len(set(names)) == len(names) == 200
+    assert [names[0], names[1], names[-1]] == ["n04355933", "n04525038", "n02090721"]
+    imagenet_tree(Path("own"), (names[7], names[3], "n01440764"))
+    config = make_config(dataset="h-imagenet")
+    assert hard_classes(config, Path("own")) == [names[3], names[7]]
+    done = cli(H_IMAGENET.replace("--class-list list.txt", ""))
+    assert done.code == 0 and "h-imagenet: 8 + 4 images, 2 classes" in done.out
+    assert "2 of the paper's 200" in done.out
+    for name in (names[3], names[7]):
+        shutil.rmtree(f"own/train/{name}")
+    read_data.cache_clear()
+    assert_one_line(cli(H_IMAGENET.replace("--class-list list.txt", "")), "own/train", "200")
 
-    def answers(x):                                       # (B, 3, H, W) in [0, 1] -> (B, 1000)
-        red, green, blue = (255 * x[:, :, 0, 0]).round().long().T
-        shade["sides"] = x.shape[2:]
-        right = 32 * red + green
-        return torch.eye(1000)[torch.where(blue > 0, (right + 1) % 1000, right)]
-    monkeypatch.setattr(torchvision.models, "resnet18",
-                        lambda weights: SimpleNamespace(eval=lambda: answers))
-    monkeypatch.setattr(torchvision.models, "ResNet18_Weights", SimpleNamespace(
-        IMAGENET1K_V1=SimpleNamespace(transforms=lambda: lambda x: x[..., :2, :2] / 255)))
-    config = make_config(dataset="h-imagenet", workers=0)
-    assert hard_classes(config, tmp_path) == [f"n{k:04}" for k in hard]
-    monkeypatch.setattr(torchvision.models, "resnet18", None)
-    assert hard_classes(config, tmp_path) == [f"n{k:04}" for k in hard]    # asked only once
+
+def test_a_class_whose_objects_are_all_small_has_no_images(cli):
+    imagenet_tree(Path("own"))
+    for k in range(4):
+        annotate(Path(f"own/Annotations/n02_train_{k}.xml"), (0, 0, 40, 40))
+    Path("list.txt").write_text("n02\nn03\n")
+    assert_one_line(cli(H_IMAGENET), "own/train", "n02")
 
 
 # ---- Augmentation   [App. C] ---------------------------------------------------------------------

@@ -18,11 +18,12 @@ import encapnet
 import train
 from conftest import agreement_by_hand, assert_one_line, state_of
 from lab import bench, figures, fit, tables
-from lab.config import config_key, data_name, make_config
-from lab.fit import agreement, make_model, record
+from lab.config import make_config
+from lab.fit import agreement, make_model
 from lab.paper import TABLES
+from lab.results import config_key, data_name, read_results
 from lab.runtime import Diverged, Problem
-from lab.tables import asked_parts, obtain_all, part_cells, read_lines, row_config, summary
+from lab.tables import asked_parts, obtain_all, part_cells, row_config, summary
 
 # ---- Tables, figures, report, bench in miniature -------------------------------------------------
 
@@ -238,9 +239,9 @@ def test_table_2_is_the_built_network(cli):
 
 def result(config, seed=None, **values):
     """A line of results.jsonl, as fit gives it."""
-    return {"key": config_key(config), "seed": config.seed if seed is None else seed,
-            "error": 10.0, "top5_error": 5.0, "outcome": "ok", "epochs": config.epochs,
-            "seconds": 60.0, "data": config.dataset, "model": config.model,
+    return {"seed": config.seed if seed is None else seed, "error": 10.0,
+            "top5_error": 5.0, "outcome": "ok", "epochs": config.epochs, "seconds": 60.0,
+            "data": config.dataset, "model": config.model,
             "config": dataclasses.asdict(config),
             "environment": {"device": "H100", "command": "python train.py --table"}, **values}
 
@@ -280,7 +281,7 @@ def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch)
         raise Diverged("NaN at step 1; stopped")
     monkeypatch.setattr(tables, "fit", diverge)
     for _ in range(2):
-        runs, *_ = tables.read_results(Path("runs/results.jsonl"))
+        runs, *_ = read_results(Path("runs/results.jsonl"))
         assert obtain_all({("one",): config}, 1, runs) == []
         assert summary(config, 14.28, runs)[:2] == ("fail (NaN at step 1)", "–")
     assert len(tried) == 1
@@ -596,16 +597,6 @@ def test_costs_are_of_the_same_settings_and_device(cli):
     published(*({"bench": each} for each in (line, *others)))
     cells = numbers(reported(cli, "table 1")[0], "(c) vanilla CNN, same shape")
     assert cells[:8] == ["128", "24.44", "32.00", "1,652", "100", "0.026", "1.000", "H100"]
-
-
-def test_a_torn_line_costs_no_other(place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    results = Path("runs/results.jsonl")
-    record({"n": 1})
-    results.write_text(results.read_text() + '{"n": 2, "to')
-    record({"n": 3})
-    assert list(read_lines(results)) == [{"n": 1}, {"n": 3}]
-    assert "line 2: torn" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, told", [

@@ -17,8 +17,9 @@ import encapnet
 from lab.config import Parser, make_config
 from lab.data import load_data, normalised, shuffle
 from lab.figures import COLOURS, canvas, draw_series, save_figure
-from lab.fit import build_run, classification_loss, environment, start, train_step
+from lab.fit import build_run, classification_loss, start, train_step
 from lab.measure import first_images, forward
+from lab.results import environment
 from lab.runtime import RUNS, guarded, say, write_file
 
 # ---- EM routing ----------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def layer_statistics(layer, u, activation, rounds):
     votes, seen = layer.votes(u), []
     for r in range(1, rounds + 1):
         mu, _, R = encapnet.em_routing(votes, activation, layer.beta_v, layer.beta_a, r,
-                                       return_coefficients=True, normalise=layer.normalise)
+                                       return_coefficients=True, standardised=layer.standardised)
         seen.append([x.median().item() for x in routing_statistics(votes, activation, mu, R)])
     effective, deviation = zip(*seen, strict=True)
     return {"effective votes": effective, "deviation of log p": deviation}
@@ -54,7 +55,7 @@ def em(data_path, rounds=5, images=16):
     found = {}
     for name, form in (("log p standardised", "both"), ("log p as it is", "cost")):
         config = make_config(dataset="mnist", data_path=data_path, model="capnet-em", device="cpu",
-                             set=dict(types=4, normalise=form), train_images=images,
+                             set=dict(types=4, standardised=form), train_images=images,
                              test_images=images)
         device = start(config)
         run = build_run(config, load_data(config, device), device)

@@ -1,0 +1,71 @@
+"""Results: what names one, what it was run on, the files of their lines."""
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import HERE
+from lab import results
+from lab.config import Config, make_config
+from lab.results import config_key, environment, read_lines, read_results, record
+
+
+def test_a_line_without_a_later_field_is_found_by_its_config():
+    """Two lines of results/ before --clip, --resample, --hold-out and --init were there."""
+    lines = [json.loads(line) for line in (HERE / "results/published.jsonl").read_text()
+             .splitlines()]
+    old = next(line for line in lines if "config" in line and "clip" not in line["config"])
+    config = Config(**old["config"])
+    assert (config.clip, config.resample, config.hold_out, config.init) == (0.0, False, False, "")
+    key = config_key(config)
+    free = dict(seed=7, device="cuda", amp=True, recipe="fast", workers=1, output_dir="x")
+    assert config_key(dataclasses.replace(config, **free)) == key
+    for change in (dict(clip=.5), dict(resample=True), dict(hold_out=True), dict(epochs=99),
+                   dict(init="runs/x"), dict(lr=1.0), dict(set={"types": 2})):
+        assert config_key(dataclasses.replace(config, **change)) != key, change
+
+
+def test_results_are_read_by_their_config(tmp_path, monkeypatch):
+    """Whatever key a line may hold; the later of two lines wins; benches are kept apart."""
+    monkeypatch.chdir(tmp_path)
+    config = make_config(dataset="mnist")
+    line = {"config": dataclasses.asdict(config), "seed": 3, "error": 1.0, "key": "of old"}
+    del line["config"]["clip"]
+    for each in (line, {"bench": "b"}, {**line, "error": 2.0}, {"speed": "s"}, {"other": 0}):
+        record(each)
+    runs, benches, speeds = read_results(results.OWN)
+    assert {key: line["error"] for key, line in runs.items()} == {(config_key(config), 3): 2.0}
+    assert (benches, speeds) == (["b"], ["s"]) and read_results() == ({}, [], [])
+
+
+def test_a_torn_line_costs_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    record({"n": 1})
+    results.OWN.write_text(results.OWN.read_text() + '{"n": 2, "to')
+    record({"n": 3})
+    assert list(read_lines(results.OWN)) == [{"n": 1}, {"n": 3}]
+    assert "line 2: torn" in capsys.readouterr().out
+
+
+def test_a_place_that_takes_no_line_stops_nothing(tmp_path, monkeypatch, capsys):
+    """runs is a file here; a read-only folder and a full disk raise the same way."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("")
+    record({"n": 1})
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("file, words", [
+    ("/a b/train.py", "python train.py --epochs 2"),
+    ("/a b/lab/why.py", "python -m lab.why --epochs 2")])
+def test_the_command_of_a_result_can_be_typed_in_the_root(file, words, monkeypatch):
+    monkeypatch.setattr("sys.argv", [file, "--epochs", "2"])
+    assert environment(torch.device("cpu"))["command"] == words
+
+
+def test_without_git_no_commit_is_named(monkeypatch, tmp_path):
+    assert "commit" in environment(torch.device("cpu"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment(torch.device("cpu"))["commit"] is None
