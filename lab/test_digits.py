@@ -52,6 +52,23 @@ def test_digits_shapes_ranges_balance(split):
     assert [len(part) for part in draw_digits(0, split)] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("split, twelve, pose, colour, mean, sd", [
+    (True, [2, 4, 4, 6, 5, 6, 2, 6, 6, 4, 6, 7],
+     [1.8675, -0.3557, 18.9102, -0.3039, -0.2663], [230.84, 186.33, 218.32], 131.709, 73.188),
+    (False, [7, 7, 1, 8, 6, 4, 6, 0, 5, 6, 1, 4],
+     [0.0329, 2.2327, 21.2066, -0.1045, 0.0776], [115.38, 159.77, 155.85], 128.898, 69.143)])
+def test_digits_are_those_that_results_are_of(split, twelve, pose, colour, mean, sd):
+    """Where this fails, every result on digits is of other images and must be run anew.
+
+    No hash of the pixels: another processor or matplotlib may round a few the other way.
+    """
+    images, labels, poses = draw_digits(200, split)
+    assert labels[:12].tolist() == twelve and poses[7].tolist() == pytest.approx(pose, abs=1e-3)
+    assert images[7].float().mean((1, 2)).tolist() == pytest.approx(colour, abs=0.2)
+    assert images.float().mean().item() == pytest.approx(mean, abs=0.02)
+    assert images.float().std().item() == pytest.approx(sd, abs=0.02)
+
+
 def test_digits_depend_on_seed_split_and_index_alone(sheet):
     for a, b in zip(sheet, draw_digits(130, True, 0), strict=True):
         assert torch.equal(a[:130], b)

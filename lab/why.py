@@ -39,7 +39,7 @@ def routing_statistics(votes, activation, mu, R):
 
 
 def layer_statistics(layer, u, activation, rounds):
-    """Medians of both after 1 .. rounds iterations of one layer -> {name: [a number a round]}."""
+    """Medians of both after 1 .. rounds iterations of one layer -> {name: [one number per round]}."""
     votes, seen = layer.votes(u), []
     for r in range(1, rounds + 1):
         mu, _, R = encapnet.em_routing(votes, activation, layer.beta_v, layer.beta_a, r,
@@ -98,7 +98,7 @@ def observed_step(run, images, labels, draws):
 def burst(train_images=16000):
     """The default run at lambda = 10, without clipping and with: its first epoch -> figure, found.
 
-    found: {clipped or not: {"margin loss", "lambda x divergence", "rate": [a number a step]}}
+    found: {clipped or not: {"margin loss", "lambda x divergence", "rate": [one number per step]}}
     """
     found = {}
     for name, clip in (("not clipped", 0.0), ("clipped to 1", 1.0)):
