@@ -1,11 +1,11 @@
-"""Beyond the paper: see what a capsule means, and test what the paper only says in words.
+"""Beyond the paper: what a capsule means, and how robust a network is.
 
     python -m lab.explore explain RUN               one page of pictures, RUN/explain.png
     python -m lab.explore robustness RUN [RUN...]   error under changes and attacks; the plot of
                                                     all is robustness.png of the first RUN
 
-RUN is a folder of train.py, of any model and data set; runs of one model are its seeds.  Every
-run's errors go to runs/results.jsonl too.
+RUN is a folder of train.py, of any model and data set; runs of one model are its seeds.  Errors go
+to runs/results.jsonl too.  Attacks are those of torchattacks (pip install torchattacks).
 """
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def name_of(run):
     return " ".join([run.config.model, *(f"{k}={v}" for k, v in run.config.set.items())])
 
 
-# ---- explain: each panel draws itself into a subfigure -> numbers, and gives them back -----------
+# ---- explain: each panel draws itself into a subfigure and returns its numbers -------------------
 
 def draw_pose(run, figure, drawn=4000):
     images, labels, poses = draw_digits(drawn, train=False)             # files tell no poses

@@ -39,7 +39,7 @@ def routing_statistics(votes, activation, mu, R):
 
 
 def layer_statistics(layer, u, activation, rounds):
-    """Medians of both after 1 .. rounds iterations of one layer -> {name: [one number per round]}."""
+    """Medians of both after 1 .. rounds iterations of one layer -> {name: [number, ...]}."""
     votes, seen = layer.votes(u), []
     for r in range(1, rounds + 1):
         mu, _, R = encapnet.em_routing(votes, activation, layer.beta_v, layer.beta_a, r,
