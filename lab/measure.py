@@ -58,8 +58,8 @@ def evaluate(run, multi_crop=False):
 
 def unbalanced(labels):
     """Whether some class has twice as many images as another."""
-    fewest, most = labels.unique(return_counts=True)[1].aminmax()
-    return bool(most >= 2 * fewest)
+    number = labels.unique(return_counts=True)[1]
+    return (number.max() >= 2 * number.min()).item()
 
 
 def chance_error(run):
