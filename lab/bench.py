@@ -155,8 +155,8 @@ def network_steps(device, **changes):
     """{form: a training step}: ours, compiled, what it replaces, with feedback units."""
     step = partial(network_step, device, **changes)
     return {"without feedback": step(feedback=0), "--compile": step(feedback=0, compile=True),
-            "a type a group": step(feedback=0, grouped=False),
-            "1 unit a module": step(feedback=1), "2 units a module": step(feedback=2)}
+            "grouped by torch": step(feedback=0, grouped=False),
+            "1 unit per module": step(feedback=1), "2 units per module": step(feedback=2)}
 
 
 def bench_network(device):

@@ -160,8 +160,8 @@ def test_forms_of_the_network_are_what_they_are_called(counted, monkeypatch):
         found[form] = len(seen), any(net is other for other in compiled), grouped
         assert net.types == 2 and len(net.blocks) == 2 and len(step.args[1]) == 2
     assert found == {"without feedback": (0, False, True), "--compile": (0, True, True),
-                     "a type a group": (0, False, False), "1 unit a module": (2, False, True),
-                     "2 units a module": (4, False, True)}
+                     "grouped by torch": (0, False, False), "1 unit per module": (2, False, True),
+                     "2 units per module": (4, False, True)}
 
 
 def test_every_peer_of_the_divergence_is_called(at_once, monkeypatch):
@@ -219,8 +219,8 @@ def test_the_bench_of_the_network_names_what_it_changes(at_once, monkeypatch):
     bench.bench_network(CPU)
     lines = speed_lines()
     changes = {"--compile": dict(feedback=0, compile=True),
-               "a type a group": dict(feedback=0, grouped=False),
-               "1 unit a module": dict(feedback=1), "2 units a module": dict(feedback=2)}
+               "grouped by torch": dict(feedback=0, grouped=False),
+               "1 unit per module": dict(feedback=1), "2 units per module": dict(feedback=2)}
     assert [(line["what"], line["instead"]) for line in lines] == [
         (f"encapnet, {types} types, batch 64", form) for types in (8, 32) for form in changes]
     expected = [{"types": types, "batch": 64, **asked} for types in (8, 32)
@@ -301,10 +301,10 @@ def test_speed_of_the_divergence(name, faster):
 @pytest.mark.speed
 @pytest.mark.parametrize("types, faster, compiled", [(8, 1.35, 1.6), (32, 1.15, 1.2)])
 def test_speed_of_encapnet(types, faster, compiled):
-    """Over a type a group; and over eager steps --compile gains at 8 types alone."""
+    """Over grouped by torch; and over eager steps --compile gains at 8 types alone."""
     steps = bench.network_steps(CPU, types=types, batch=64)
     seconds = {form: bench.median_seconds(step) for form, step in steps.items()}
-    ours, plain = seconds["without feedback"], seconds["a type a group"]
+    ours, plain = seconds["without feedback"], seconds["grouped by torch"]
     assert plain > faster * ours and plain > compiled * seconds["--compile"]
     assert types == 32 or ours > 1.15 * seconds["--compile"]
-    assert seconds["1 unit a module"] < 1.25 * ours
+    assert seconds["1 unit per module"] < 1.25 * ours
