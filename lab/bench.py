@@ -52,15 +52,10 @@ def peak_memory(function, device):
     return result, max(itertools.accumulate(changes), default=0)
 
 
-def cost(step, device):
-    """Seconds and MB of a call."""
-    seconds = median_seconds(step)                        # gradients are allocated by now
-    return seconds, peak_memory(step, device)[1] / 1e6
-
-
 def compare(what, steps, device):
     """Measure, print and record.   steps: {name: step, or None: not run}, ours first"""
-    found = {name: cost(step, device) for name, step in steps.items() if step}
+    found = {name: (median_seconds(step), peak_memory(step, device)[1] / 1e6)  # beside gradients
+             for name, step in steps.items() if step}
     ours, our_memory = next(iter(found.values()))
     for name in list(steps)[1:]:
         seconds, memory = found.get(name, (None, None))
@@ -75,11 +70,11 @@ def compare(what, steps, device):
 def random_data(config, device):
     """A batch of random images of ten classes in place of a data set."""
     g, side = torch.Generator().manual_seed(0), config.image_size
-    batch = config.batch_size // world()
-    images = torch.randint(256, (batch, 3, side, side), generator=g, dtype=torch.uint8).to(device)
-    split = Split(images, torch.randint(10, (batch,), generator=g).to(device))
+    shape = config.batch_size // world(), 3, side, side
+    images = torch.randint(256, shape, generator=g, dtype=torch.uint8).to(device)
+    split = Split(images, torch.randint(10, shape[:1], generator=g).to(device))
     half = torch.full((3,), 0.5, device=device)
-    return Data("random", [str(k) for k in range(10)], split, split, side, half, half / 2)
+    return Data("random", list("0123456789"), split, split, side, half, half / 2)
 
 
 def training_step(config, device):

@@ -4,8 +4,7 @@
     python -m lab.explore robustness RUN [RUN...]   error under changes and attacks; the plot of
                                                     all is robustness.png of the first RUN
 
-RUN is a folder of train.py, of any model and data set; runs of one model are its seeds.  Errors go
-to runs/results.jsonl too.  Attacks are those of torchattacks (pip install torchattacks).
+RUN is a folder of train.py; runs of one model are its seeds.  Errors go to runs/results.jsonl too.
 """
 import importlib.util
 import json
@@ -184,9 +183,9 @@ def changed(x, kind, strength, generator):
 class Attacked(torch.nn.Module):
     """What an attack sees of a run: images in [0, 1] -> logits (B, K).
 
-    Attacks are made for logits, and the length of a capsule is a probability: squash is flat where
-    it is near 1.  With length |s|^2 / (1 + |s|^2) its logit is 2 log |s|, which orders the classes
-    as lengths do and whose softmax is each class's share of the sum of |s|^2.
+    Attacks climb losses of logits.  The length of a capsule, |s|^2 / (1 + |s|^2), is flat near 1;
+    its logit 2 log |s| is not.  It orders the classes alike, so the same images are wrong, and its
+    softmax is each class's share of the sum of |s|^2.
     """
 
     def __init__(self, run):
@@ -215,8 +214,7 @@ def attacks(model, eps, classes, steps=20):
 def errors_of(run, n, budgets):
     """Errors in % -> {change or attack: {strength: error}}, told as they are found."""
     x, labels = measure.spread_images(run, n)
-    errors, generator = {}, torch.Generator().manual_seed(0)           # alike for every run
-    torch.manual_seed(0)
+    errors, generator = {}, torch.manual_seed(0)                       # alike for every run
 
     def wrong(x):
         return measure.class_scores(run, x).argmax(1) != labels
@@ -252,9 +250,9 @@ def draw_robustness(groups, path):
         for name, seeds in groups.items():
             kept = [{**errors["clean"], **errors[test]} for errors in seeds]
             series[name] = {k: [errors[s] for errors in kept] for k, s in enumerate(kept[0])}
-        figures.draw_series(axis, series, mean_sd, title=test, xlabel=unit, ylim=(0, 102))
+        figures.draw_series(axis, series, mean_sd, title=test, xlabel=unit, ylim=(0, 102),
+                            ylabel="error (%)")
         axis.set_xticks(range(len(kept[0])), list(kept[0]))
-    figure.supylabel("error (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figures.save_figure(figure, path)
 
@@ -276,8 +274,6 @@ def robustness(runs, images, eps):
     draw_robustness(groups, runs[0].folder / "robustness.png")
 
 
-# ---- Command line --------------------------------------------------------------------------------
-
 def command(words):
     parser = Parser("python -m lab.explore", description=__doc__)
     parser.add_argument("name", choices=("explain", "robustness"), help="what to do, as above")
@@ -286,7 +282,7 @@ def command(words):
                         help="test images of robustness (default: 200)")
     parser.add_argument("--eps", nargs="+", type=number(0, float), default=[4, 8, 16, 32, 127.5],
                         metavar="E", help="largest change of a pixel by an attack, in 1/255 "
-                        "(default: 4 8 16 32 127.5; if the last fails, the gradient is masked)")
+                        "(default: 4 8 16 32 127.5; a network right at the last masks gradients)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(words)

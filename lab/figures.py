@@ -1,6 +1,5 @@
 """Drawing: a canvas, names in any script, a file, the picture of a run, Figures 2 and 4."""
 import io
-import itertools
 import math
 import statistics
 import warnings
@@ -76,21 +75,15 @@ def draw_run(title, chance, history, images, answers, labels, classes, path):
         axis.legend()
         axis.grid(alpha=0.3)
     bottom.suptitle("test images: predicted class; if it is wrong, predicted / true", fontsize=10)
-    for axis, *one in itertools.zip_longest(bottom.subplots(3, 8).flat, images, answers, labels):
-        if one[0] is None:
-            axis.set_axis_off()
-        else:
-            draw_answer(axis, *one, classes)
+    axes = bottom.subplots(3, 8).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, answer, label in zip(axes, images, answers, labels, strict=False):
+        wrong = answer != label
+        caption = shortened(classes[answer], 14) + f" /\n{shortened(classes[label], 14)}" * wrong
+        axis.set_title(caption, fontsize=8, color=COLOURS[1] if wrong else "black")
+        axis.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).clamp(0, 1).numpy())
     save_figure(figure, path)
-
-
-def draw_answer(axis, image, answer, label, classes):
-    caption = shortened(classes[answer], 14)
-    if answer != label:
-        caption += f" /\n{shortened(classes[label], 14)}"
-    axis.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).clamp(0, 1).numpy())
-    axis.set(xticks=(), yticks=(), frame_on=False)
-    axis.set_xlabel(caption, fontsize=8, color="black" if answer == label else COLOURS[1])
 
 
 def draw_figure2(lines, title, path):

@@ -66,13 +66,13 @@ def test_an_answer_is_the_image_what_the_network_said_and_what_it_is(drawn, tmp_
     figures.draw_run("", 75.0, [], images, [0, 1, 0], [0, 2, 1], ["cat", "dog", "cow"],
                      tmp_path / "x.png")
     cells = drawn[0].axes[2:]
-    captions = [axis.get_xlabel() for axis in cells[:3]]
+    captions = [axis.get_title() for axis in cells[:3]]
     assert captions == ["cat", "dog /\ncow", "cat /\ndog"]
-    looks = [to_rgb(axis.xaxis.label.get_color()) for axis in cells[:3]]
+    looks = [to_rgb(axis.title.get_color()) for axis in cells[:3]]
     assert looks[0] == to_rgb("black") != looks[1] == looks[2]
     for axis, image in zip(cells, images, strict=False):
         np.testing.assert_array_equal(axis.images[0].get_array(), image.permute(1, 2, 0))
-    assert [axis.axison for axis in cells] == [True] * 3 + [False] * 21 and len(cells) == 24
+    assert len(cells) == 24 and not any(axis.axison or axis.images for axis in cells[3:])
     one = history((1, 0.9, 0.0, 60, 70))                               # of a net without feedback
     figures.draw_run("", 75.0, one, images[2:, :1], [0], [0], ["cat"], tmp_path / "x.png")
     assert [line.get_label() for line in drawn[1].axes[0].lines] == ["loss"]
@@ -80,7 +80,7 @@ def test_an_answer_is_the_image_what_the_network_said_and_what_it_is(drawn, tmp_
                                   images[2].permute(1, 2, 0))
 
 
-def test_names_of_any_script_and_length_stand_apart_below_their_images(drawn, tmp_path,
+def test_names_of_any_script_and_length_stand_apart_above_their_images(drawn, tmp_path,
                                                                        monkeypatch):
     """Laid out, which looks up every glyph.  Warnings are errors here; one is missing: no error."""
     monkeypatch.setattr(Figure, "savefig", lambda self, *given, **options: drawn.append(self) or
@@ -90,11 +90,11 @@ def test_names_of_any_script_and_length_stand_apart_below_their_images(drawn, tm
     figures.draw_run("$x$ " + NAMES[0], 90.0, history((1, 0.5, 0.1, 50, 60)),
                      torch.rand(24, 1, 8, 8), answers, labels, NAMES, tmp_path / "run.png")
     axes = drawn[0].axes[2:]
-    boxes = [artist.get_window_extent() for axis in axes for artist in (axis, axis.xaxis.label)]
+    boxes = [artist.get_window_extent() for axis in axes for artist in (axis, axis.title)]
     assert len(boxes) == 48
     assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
     for image, text in zip(boxes[::2], boxes[1::2], strict=True):
-        assert image.y0 - 12 < text.y1 <= image.y0
+        assert image.y1 <= text.y0 < image.y1 + 12
         assert abs(text.x0 + text.x1 - image.x0 - image.x1) < 2        # centred
 
 
