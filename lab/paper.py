@@ -1,6 +1,11 @@
 """The paper's tables and figures, and studies of ours, as data: rows are changes to Config."""
+from pathlib import Path
 from typing import NamedTuple
 
+import encapnet
+from lab.config import make_config, merge
+
+# ---- Tables --------------------------------------------------------------------------------------
 
 class Part(NamedTuple):
     """A table or a block of it: base, columns and rows are changes to Config, a cell all three."""
@@ -115,7 +120,8 @@ TABLES = {
                 ("margin", 14.30, 15.18, 14.28), ("CE loss", 14.76, "fail", 15.31))])],
 }
 
-# Studies: tables of ours, run, resumed and rendered like the paper's
+# ---- Studies: tables of ours, run, resumed and rendered like the paper's -------------------------
+
 FEW = dict(dataset="mnist", image_size=16, resample=True, test_images=2000, batch_size=50,
            schedule="one-cycle", lr=3e-3, clip=1.0, lam=0.0,
            **use("encapnet", types=4, depths=(1, 1, 1), dims=(2, 4, 8, 16), feedback=1))
@@ -125,11 +131,12 @@ FEW_SIZES = {"200": dict(train_images=200, epochs=60), "500": dict(train_images=
              "5000": dict(train_images=5000, epochs=5)}
 PHOTOGRAPHS = dict(dataset="folder", data_path="data/cifar10-jpeg")
 # The setting of all tables on photographs.  Table 3's too: as flags, with --augment + --flip
-SMALL = dict(PHOTOGRAPHS, image_size=16, train_images=20000, epochs=10, batch_size=64,
-             schedule="one-cycle", lr=3e-3, clip=1.0, set=dict(types=8))
+SMALL = dict(PHOTOGRAPHS, image_size=16, train_images=20000, epochs=5, batch_size=64,
+             schedule="one-cycle", lr=3e-3, clip=1.0, set=dict(types=4))
 ROUTING = dict(dataset="mnist", train_images=6000, test_images=2000, batch_size=64,
                schedule="one-cycle", lr=3e-3, set=dict(types=4))
-SGD_RATE = 0.3              # of 0.003 to 1, chosen on held-out images
+LOSS_STUDY = dict(ROUTING, model="capnet-dynamic", image_size=16, epochs=2)
+SGD_RATE = 1.0                                    # chosen by the second part of the study of losses
 ROUTINGS = {f"{name}{', fifth convolution' * fifth}": use(model, fifth_conv=fifth)
             for name, model in (("dynamic", "capnet-dynamic"), ("EM", "capnet-em"))
             for fifth in (False, True)}
@@ -175,15 +182,17 @@ TABLES |= {
          "learnable": dict(set=dict(b_init="learnable"))})],
     "losses": [study(
         f"loss and optimizer: CapNet (dynamic), MNIST at 16x16, 6,000 images, 2 epochs, 4 types; "
-        f"SGD at a rate of {SGD_RATE:g}, the others at {ROUTING['lr']:g}",
-        dict(ROUTING, image_size=16, epochs=2, model="capnet-dynamic"),
+        f"SGD at a rate of {SGD_RATE:g}, the others at {ROUTING['lr']:g}", LOSS_STUDY,
         {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd", lr=SGD_RATE),
          "Adam": dict(optimizer="adam")},
-        {name: dict(loss=loss) for name, loss in LOSSES.items()})],
+        {name: dict(loss=loss) for name, loss in LOSSES.items()}), study(
+        "SGD's rate, by the margin loss on every tenth training image",
+        dict(LOSS_STUDY, optimizer="sgd", hold_out=True, test_images=0), {"error": {}},
+        {f"SGD, rate {lr:g}": dict(lr=lr) for lr in (0.3, 1.0, 3.0, 10.0)})],
     "augment": [study(
-        "comparison in small: cifar10-jpeg at 16x16, 20,000 images, 10 epochs, ++ 15; 8 types, "
+        "comparison in small: cifar10-jpeg at 16x16, 20,000 images, 5 epochs, ++ 8; 4 types, "
         "ResNet as wide", SMALL, {"EncapNet": use("encapnet"), "ResNet": use("resnet18")},
-        {"no augmentation": {}, "+": dict(augment="+"), "++": dict(augment="++", epochs=15)},
+        {"no augmentation": {}, "+": dict(augment="+"), "++": dict(augment="++", epochs=8)},
         own_data=True)],
 }
 # Figures show results of rows of a table; those of the paper, of its Tables 1 and 3
@@ -196,3 +205,54 @@ FIGURES = {
     "few": TABLES["few"],
     "routing": TABLES["routing"],
 }
+
+
+# ---- The cells of a table ------------------------------------------------------------------------
+
+def row_config(*layers):
+    """A cell's Config.  --set reaches the networks that take it; types=T narrows the others."""
+    changes = merge(*layers)
+    model = encapnet.MODELS.get(changes["model"])
+    mine = encapnet.keywords(model.network) if model else ()
+    known = {name for other in encapnet.MODELS.values()
+             for name in encapnet.keywords(other.network)}
+    wanted = {k: v for k, v in changes["set"].items() if k in mine or k not in known}
+    types = changes["set"].get("types")
+    if isinstance(types, int) and "types" not in mine:
+        wanted = {"width": types / 32, **wanted}
+    own_recipe = {"recipe": "paper"} if changes.get("dataset") == "folder" else {}
+    return make_config(**{**own_recipe, **changes, "set": wanted})
+
+
+def asked_parts(parts, given, only=()):
+    """The blocks to run or draw, of their rows those with one of the words `only` in their name.
+
+    With --dataset, the blocks that can take it: ImageNet's keep to their own.
+    """
+    parts = [part._replace(rows=[row for row in part.rows
+                                 if not only or any(word in row[0] for word in only)])
+             for part in parts]
+    return [part for part in parts if part.rows and not (
+        part.own_data and given.get("dataset", part.base["dataset"]) != part.base["dataset"])]
+
+
+def part_columns(part, given):
+    """The columns to run: with --dataset, that data set's, or the first on other data."""
+    if "dataset" not in given or not all("dataset" in changes for changes in part.columns.values()):
+        return part.columns
+    same = {name: c for name, c in part.columns.items() if c["dataset"] == given["dataset"]}
+    return same or dict(list(part.columns.items())[:1])
+
+
+def part_cells(part, given):
+    """{(row, column): Config} of every cell that the paper fills by a run.
+
+    --data-path is where data sets are: a part on a folder of its own finds it there by its name.
+    """
+    if "data_path" in given and "dataset" not in given and "data_path" in part.base:
+        own = Path(given["data_path"]) / Path(part.base["data_path"]).name
+        given = {**given, "data_path": str(own)}
+    return {(name, column): row_config(part.base, about, changes, given)
+            for name, changes, paper in part.rows if changes is not None
+            for column, about in part_columns(part, given).items()
+            if part.study or paper.get(column) is not None}

@@ -7,88 +7,50 @@ import os
 import re
 import shlex
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import encapnet
 from lab import bench
-from lab.config import Config, make_config, merge, tested_on
+from lab.config import Config, tested_on
 from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
 from lab.fit import clock, fit, make_model
-from lab.paper import CIFAR10, FIGURES, TABLES, use
+from lab.paper import (
+    CIFAR10,
+    FIGURES,
+    TABLES,
+    asked_parts,
+    part_cells,
+    part_columns,
+    row_config,
+    use,
+)
 from lab.results import (
     OWN,
     PUBLISHED,
+    as_json,
     config_key,
     data_name,
     environment,
     identity,
+    read_lines,
     read_results,
     record,
 )
 from lab.runtime import RUNS, Diverged, Problem, count, pick_device, rank, reason, say
 
-# ---- What has been run, and what a cell asks for -------------------------------------------------
-
 README = Path("README.md")
+PAPERS = ("dataset", "image_size", "train_images", "test_images", "hold_out", "set", "epochs")
 
+
+# ---- The runner ----------------------------------------------------------------------------------
 
 def of_seeds(config, runs):
     """The results of a Config, one a seed."""
     return [line for (key, _), line in sorted(runs.items()) if key == config_key(config)]
 
-
-def row_config(*layers):
-    """A cell's Config.  --set reaches the networks that take it; types=T narrows the others."""
-    changes = merge(*layers)
-    model = encapnet.MODELS.get(changes["model"])
-    mine = encapnet.keywords(model.network) if model else ()
-    known = {name for other in encapnet.MODELS.values()
-             for name in encapnet.keywords(other.network)}
-    wanted = {k: v for k, v in changes["set"].items() if k in mine or k not in known}
-    types = changes["set"].get("types")
-    if isinstance(types, int) and "types" not in mine:
-        wanted = {"width": types / 32, **wanted}
-    recipe = {"recipe": "paper"} if changes.get("dataset") == "folder" else {}
-    return make_config(**{**recipe, **changes, "set": wanted})
-
-
-def asked_parts(parts, given, only=()):
-    """The blocks to run or draw, of their rows those with one of the words `only` in their name.
-
-    With --dataset, the blocks that can take it: ImageNet's keep to their own.
-    """
-    parts = [part._replace(rows=[row for row in part.rows
-                                 if not only or any(word in row[0] for word in only)])
-             for part in parts]
-    return [part for part in parts if part.rows and not (
-        part.own_data and given.get("dataset", part.base["dataset"]) != part.base["dataset"])]
-
-
-def part_columns(part, given):
-    """The columns to run: with --dataset, that data set's, or the first on other data."""
-    if "dataset" not in given or not all("dataset" in changes for changes in part.columns.values()):
-        return part.columns
-    same = {name: c for name, c in part.columns.items() if c["dataset"] == given["dataset"]}
-    return same or dict(list(part.columns.items())[:1])
-
-
-def part_cells(part, given):
-    """{(row, column): Config} of every cell that the paper fills by a run.
-
-    --data-path is where data sets are: a part on a folder of its own finds it there by its name.
-    """
-    if "data_path" in given and "dataset" not in given and "data_path" in part.base:
-        own = Path(given["data_path"]) / Path(part.base["data_path"]).name
-        given = {**given, "data_path": str(own)}
-    return {(name, column): row_config(part.base, about, changes, given)
-            for name, changes, paper in part.rows if changes is not None
-            for column, about in part_columns(part, given).items()
-            if part.study or paper.get(column) is not None}
-
-
-# ---- The runner ----------------------------------------------------------------------------------
 
 def attempt(name, function, *arguments):
     """function(*arguments) -> [], or [what went wrong]; being asked to stop stops all."""
@@ -121,12 +83,13 @@ def obtain(config, runs):
 
 
 def obtain_all(cells, seeds, runs):
-    """Run what is missing among cells {name: Config} -> what went wrong."""
-    failures = []
-    for name, config in cells.items():
+    """Run what is missing among cells {(row, column): Config} -> what went wrong."""
+    failures, several = [], len({column for _, column in cells}) > 1
+    for (row, column), config in cells.items():
+        name = ", ".join(filter(None, dict.fromkeys([row, column * several, data_name(config)])))
         for seed in range(config.seed, config.seed + seeds):
             if (config_key(config), seed) not in runs:
-                failures += attempt(f"{', '.join(filter(None, name))}, seed {seed}", obtain,
+                failures += attempt(f"{name}, seed {seed}", obtain,
                                     dataclasses.replace(config, seed=seed), runs)
     return failures
 
@@ -196,14 +159,14 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def render_table(name, given, runs, benches, only=()):
-    """-> [a block of Markdown, ...]"""
+def render_table(name, given, runs, benches, only=(), page=False):
+    """-> [a block of Markdown, ...]   page: of a file, which leaves out what was not run"""
     if name == "2":
         return [architecture("encapnet", given), architecture("resnet18", given)]
     parts = asked_parts(TABLES[name], given, only)
     costs = [render_costs(part, given, benches) for part in parts if name == "1"]
     title = f"Table {name}" if name.isdigit() else name
-    return costs + [render_part(title, part, given, runs) for part in parts]
+    return costs + [render_part(title, part, given, runs, page) for part in parts]
 
 
 def summary(config, paper, runs):
@@ -222,29 +185,38 @@ def summary(config, paper, runs):
     return f"{mean:.2f}{spread}", f"{mean - paper:+.2f}" if isinstance(paper, float) else "–", how
 
 
-def render_part(table, part, given, runs):
-    """One block: paper | ours | difference, of the same data, for each column; a study: ours."""
+def render_part(table, part, given, runs, page):
+    """One block: of each column paper | ours | difference, which compares like with like alone.
+
+    A study: ours.  page: without the rows that were not run
+    """
     columns, configs = part_columns(part, given), part_cells(part, given)
-    kinds = ("",) if part.study else ("paper", "ours", "difference")
+    printed = part_cells(part, {})
+    same = all(as_json(config, PAPERS) == as_json(printed[cell], PAPERS)
+               for cell, config in configs.items())
+    kinds = [""] if part.study else ["paper", "ours", "difference"][:2 + same]
     header = ["", *(f"{column} {kind}".strip() if part.study or len(columns) > 1 else kind
                     for column in columns for kind in kinds), "how" if part.study else "ours: how"]
     rows = []
     for row, changes, paper in part.rows:
         cells, hows = [row], []
-        for column, about in columns.items():
+        for column in columns:
             value, ours, difference, how = paper.get(column), "–", "–", ()
             if config := configs.get((row, column)):
-                same = config.dataset == merge(part.base, about, changes).get("dataset")
-                ours, difference, how = summary(config, value if same else None, runs)
+                ours, difference, how = summary(config, value, runs)
             hows += [how] if how else []
             theirs = f"{value:.2f}" if isinstance(value, float) else value or "–"
-            cells += [ours] if part.study else [theirs, ours, difference]
+            cells += [ours] if part.study else [theirs, ours, difference][:len(kinds)]
         each = [" / ".join(words if len(set(words)) > 1 else words[:1])      # one a column
                 for words in zip(*hows, strict=True)]
         how = ("; " if part.study else ", ").join(each) or "–"
         rows.append([*cells, "quoted" if changes is None else how])
-    title = f"**{table}: {part.title}.** {caption(part, configs, given)}."
-    return f"{title}\n\n{markdown(header, rows)}"
+    title = f"**{table}: {part.title}.**"
+    if page:
+        rows = [row for row in rows if row[-1] != "–"]
+        if all(row[-1] == "quoted" for row in rows):
+            return f"{title} Not run."
+    return f"{title} {caption(part, configs, given)}.\n\n{markdown(header, rows)}"
 
 
 def changes_told(changes):
@@ -252,44 +224,41 @@ def changes_told(changes):
 
 
 def caption(part, configs, given):
-    """The error, and what the command line changes; of the paper's tables also data and epochs."""
+    """The error, what the command line changes, and what else all cells share."""
     if not configs:
         return "Test error in %"
     config = next(iter(configs.values()))
-    error = f"{tested_on(config).capitalize()} error in %"
     known = {**identity(config), "epochs": config.epochs}
-    elsewhere = {"set", "hold_out"}
-    if not part.study:
-        elsewhere |= {"dataset", "train_images", "epochs"}
-    changes = {name: known[name] for name in given if name in known and name not in elsewhere}
+    changes = {name: known[name] for name in given
+               if name in known and name not in ("set", "hold_out")}
+    shared = ("lam",) if config.hold_out else ("lam", "test_images")
+    changes |= {name: known[name] for name in shared if known[name] != getattr(Config, name)
+                and len({getattr(c, name) for c in configs.values()}) == 1}
     changes |= given.get("set", {})
-    if part.study:
-        if config.test_images and not config.hold_out:
-            changes = {"test_images": config.test_images, **changes}
-        return error + changes_told(changes)
-    if config.lam != Config.lam and len({config.lam for config in configs.values()}) == 1:
-        changes["lam"] = config.lam
-    data = data_name(config) if "dataset" in given else "the paper's data"
-    if config.train_images:
-        data += f", {count(config.train_images, 'training image')}"
-    return f"{error}; ours: {data}, {count(config.epochs, 'epoch')}{changes_told(changes)}"
+    ours = "; ours" if changes and not part.study else ""
+    return f"{tested_on(config).capitalize()} error in %{ours}{changes_told(changes)}"
+
+
+def megabits(parameters):
+    """The unit of Table 1: 16 bits per parameter, in 2^20 bits, as the authors' logs show."""
+    return f"{16 * parameters / 2 ** 20:.2f}"
 
 
 def render_costs(part, given, benches):
     """Table 1's parameters, memory and time a batch."""
     rows = []
     for name, changes, paper in part.rows:
-        megabits, memory, batch, seconds = paper["cost"]
-        lines = [line for line in bench.costs_of(row_config(CIFAR10, changes, given), benches)
-                 if line["batch"] == batch]
-        ours = ["–"] * 4
-        if lines:
-            last = lines[-1]
-            ours = [f"{last['parameters'] * 32 / 1e6:.2f}", f"{last['memory_MB']:,.0f}",
-                    f"{last['step_seconds']:.3f}", last["device"]]
-        rows.append([name, batch, megabits, ours[0], f"{memory:,}", ours[1], seconds, *ours[2:]])
-    return ("**Table 1: cost.** Runtime: forward and backward of a batch"
-            f"{changes_told(given.get('set', {}))}.\n\n") + markdown(
+        size, memory, batch, seconds = paper["cost"]
+        config, ours = row_config(CIFAR10, changes, given), 3 * ["–"]
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in make_model(config, 10, 3).parameters())
+        for line in bench.costs_of(config, benches):
+            if line["batch"] == batch:
+                ours = f"{line['memory_MB']:,.0f}", f"{line['step_seconds']:.3f}", line["device"]
+        rows.append([name, batch, size, megabits(parameters), f"{memory:,}", ours[0], seconds,
+                     *ours[1:]])
+    return ("**Table 1: cost.** Mb of parameters: 16 bits each, in 2^20 bits; runtime: forward and "
+            f"backward of a batch{changes_told(given.get('set', {}))}.\n\n") + markdown(
         ["", "batch", "Mb of parameters: paper", "ours", "MB of memory: paper", "ours",
          "s a batch: paper", "ours", "device"], rows)
 
@@ -323,6 +292,19 @@ def render_runs(runs):
                     rows)
 
 
+def render_logs():
+    """What the authors' training logs say, a line each of results/authors-logs.jsonl."""
+    rows = []
+    for line in read_lines(PUBLISHED / "authors-logs.jsonl"):
+        parameters = round(line["parameters_MiB_float32"] * 2 ** 20 / 4)         # the log's unit
+        errors = [line[f"{kind}_error"] for kind in ("last_train", "last_test", "min_test")]
+        rows.append([line["what"], f"{parameters:,}", megabits(parameters), line["epochs_logged"],
+                     *("–" if error is None else f"{error:.2f}" for error in errors),
+                     line["paper"] or "–", f"`{line['log']}`, {line['commit']}"])
+    return markdown(["network", "parameters", "Mb", "epochs", "last training error %", "last test "
+                     "error %", "lowest", "the paper's nearest row", "log, commit"], rows)
+
+
 def speed_row(line):
     """Cells of a comparison: what, instead; ours, theirs and their ratio, of time and memory."""
     cells = [line["what"], line["instead"]]
@@ -343,19 +325,18 @@ def render_speed(speeds):
 # ---- README's blocks -----------------------------------------------------------------------------
 
 def render_block(words, results, parse):
-    """What stands below <!-- words -->: runs; speed; or a table, 3/2 its second block alone.
+    """What stands below <!-- words -->: runs; speed; logs; or a table, 3/2 its second block alone.
 
     words: of a table also its flags, --row among them
     """
     (runs, benches, speeds), (kind, *words) = results, shlex.split(words)
-    if kind == "runs":
-        return render_runs(runs)
-    if kind == "speed":
-        return render_speed(speeds)
+    if kind != "table":
+        return {"runs": partial(render_runs, runs), "speed": partial(render_speed, speeds),
+                "logs": render_logs}[kind]()
     (table, _, part), (found, given) = words[0].partition("/"), parse(words[1:])
-    blocks = render_table(table, given, runs, benches, found.get("row", ()))
+    blocks = render_table(table, given, runs, benches, found.get("row", ()), page=True)
     if part:
-        return blocks[int(part) - 1]
+        blocks = blocks[int(part) - 1:int(part)]
     return "\n\n".join([*blocks, f"`python train.py --table {shlex.join([table, *words[1:]])}`"])
 
 
@@ -371,7 +352,7 @@ def report(check, parse):
         raise Problem(f"no {README} here")
     for page in pages:
         before = page.read_text()
-        after = re.sub(r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->",
+        after = re.sub(r"<!-- ((?:table|runs|speed|logs)\b[^>]*?) -->\n.*?<!-- end -->",
                        lambda match: f"<!-- {match[1]} -->\n"
                        f"{render_block(match[1], results, parse)}\n<!-- end -->",
                        before, flags=re.S)
