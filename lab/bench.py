@@ -148,7 +148,8 @@ def bench_step(config, seconds=3.0):
     split = ", ".join(f"{part.split('_')[0]} {1e3 * line[part]:.1f}" for part in parts)
     say(f"{config.model}, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
         f"{line['device']}: {line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms "
-        f"({split}), peak memory {memory / 1e6:,.0f} MB, {line['parameters']:,} parameters")
+        f"({split}), peak memory of tensors {memory / 1e6:,.0f} MB, "
+        f"{line['parameters']:,} parameters")
     if rank() == 0:
         record({"bench": line})
 
