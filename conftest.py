@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 NARROW = "--model encapnet-small --set types=2 --set dims=(1,1,2,2)"
 SMALL = "--train-images 32 --test-images 10 --batch-size 8"
 TINY = f"{NARROW} {SMALL} --epochs 1"
-FOLDER = f"--dataset folder {TINY} --lr 1e-3"             # in data/, which `place` has
+FOLDER = f"--dataset folder --recipe paper {TINY} --lr 1e-3"             # in data/, see `place`
 
 settings.register_profile("default", deadline=None, max_examples=25)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True,

@@ -386,6 +386,7 @@ class CapConv(nn.Module):
                  aide_kernel=None, skip=False, squash_branches=False):
         super().__init__()
         aide_kernel = kernel_size + 2 if aide_kernel is None else aide_kernel        # deviation 2
+        check_positive(types=types, kernel_size=kernel_size, aide_kernel=aide_kernel)
         if kernel_size % 2 == 0 or aide_kernel % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}, aide_kernel={aide_kernel}: must be odd")
         check_choice(("both", "own", "cross", "fixed", None), coefficients=coefficients)
@@ -715,20 +716,15 @@ class Network(nn.Module):
         check_choice((0, 1, 2), feedback=feedback)
         self.units, self.feedback = nn.ModuleList(), feedback
         for low, high, stride in zip(channels[:-1], channels[1:], strides, strict=True):
-            if feedback:
-                self.units.append(FeedbackUnit(low, high, stride=stride, **options))
-            if feedback == 2:
-                self.units.append(FeedbackUnit(high, high, stride=1, **options))
+            for c, step in ((low, stride), (high, 1))[:feedback]:
+                self.units.append(FeedbackUnit(c, high, stride=step, **options))
 
     def walk(self, u):
         """Image u through all modules -> last image, the images [(low, high), ...] of the units."""
         images = []
         for module in self.blocks:
             first, v = module(u)
-            if self.feedback:
-                images.append((u, v))
-            if self.feedback == 2:
-                images.append((first, v))
+            images += [(u, v), (first, v)][:self.feedback]
             u = v
         return u, images
 
@@ -776,7 +772,7 @@ class EncapNet(Network):
                  dims=(1, 2, 4, 8, 16), types=32, coefficients="both", aide_kernel=None,
                  skip="both", squash_branches=False, stem_stride=1, feedback=0, **unit_options):
         super().__init__(num_classes, in_channels, image_size, types=types, depths=depths,
-                         dims=dims, stem_stride=stem_stride, aide_kernel=aide_kernel or 1)
+                         dims=dims, stem_stride=stem_stride)
         check_choice(("both", "I", "II", None), skip=skip)
         if len(dims) != len(depths) + 1:
             raise ValueError(f"dims={dims!r}: must be one number more than depths={depths!r}")
@@ -817,8 +813,7 @@ class EncapNet6(Network):
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32,
                  coefficients="both", aide_kernel=None, skip=True):
-        super().__init__(num_classes, in_channels, image_size, types=types,
-                         aide_kernel=aide_kernel or 1)
+        super().__init__(num_classes, in_channels, image_size, types=types)
         self.types = types
         self.stem = six_layer_stem(in_channels, types)
         self.capconv = CapConv(8, 16, 3, stride=2, types=types, coefficients=coefficients,

@@ -2,7 +2,7 @@
 
     python train.py                                        three minutes on a laptop; needs no data
     python train.py --dataset mnist --model encapnet6      the paper's settings; flags change them
-    python train.py --dataset folder --data-path DIR       your images: DIR/{train,test}/CLASS/*.jpg
+    python train.py --data-path DIR                        your images: DIR/{train,test}/CLASS/*.jpg
     python train.py --resume                               go on with the newest unfinished run
     python train.py --resume RUN --test-only               or --predict IMAGE...
     python train.py --init RUN --data-path DIR ...         start from a trained network's weights
@@ -26,6 +26,7 @@ import itertools
 import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import encapnet
 from lab import bench
@@ -33,7 +34,7 @@ from lab.checkpoint import load_checkpoint, newest, run_folder
 from lab.config import (
     DATASETS,
     MODELS,
-    RECIPES,
+    OURS,
     Config,
     Parser,
     make_config,
@@ -42,6 +43,7 @@ from lab.config import (
     tested_on,
 )
 from lab.fit import clock, fit
+from lab.folders import class_folders, split_folder
 from lab.runtime import RUNS, Problem, count, guarded, say
 from lab.tables import FIGURES, TABLES, report, show_figure, show_table
 from lab.use import predict, test_only
@@ -50,8 +52,8 @@ from lab.use import predict, test_only
 def make_parser():
     """One flag for every field of Config, and the commands."""
     parser = Parser("train.py", description=__doc__,
-                    epilog="Defaults are the paper's, but without --dataset or with --dataset "
-                           f"digits:\n{RECIPES['digits']}",
+                    epilog="Defaults are the paper's, but without --dataset, or for\n" + "\n".join(
+                        f"--dataset {name}: {settings}" for name, settings in OURS.items()),
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
     one = commands.add_mutually_exclusive_group()
@@ -114,6 +116,18 @@ def with_run(given, finished):
     return {**given, "resume": path}
 
 
+def own_images(given):
+    """--data-path without --dataset means a folder of images, where there is one."""
+    if "data_path" not in given or "dataset" in given:
+        return given
+    try:
+        class_folders(split_folder(Path(given["data_path"]), "train"))
+    except Problem as problem:
+        raise Problem(f"--data-path without --dataset: {problem}") from problem
+    say(f"{given['data_path']} has train/CLASS: --dataset folder")
+    return {**given, "dataset": "folder"}
+
+
 def train(given):
     """Plain training: a new run, or the rest of an old one, whose settings then hold."""
     if "resume" in given:
@@ -121,16 +135,21 @@ def train(given):
         here = {"resume": None, "output_dir": str(run_folder(path))}
         result = fit(Config(**merge(load_checkpoint(path)["config"], given, here)))
     else:
-        result = fit(make_config(**given))
+        result = fit(make_config(**own_images(given)))
     best, note = result["best_by_test_error"], ""
     error = f"{tested_on(Config(**result['config']))} error"
+    say(f"curves and predictions: {result['folder']}/curves.png")
+    if result["unbalanced"]:
+        worst = sorted((e, name) for name, e in result["class_errors"].items() if e is not None)
+        say("some classes have more images than others; those most often wrong:",
+            ", ".join(f"{name} {e:.1f} %" for e, name in worst[:-4:-1]))
     if best["epoch"]:
         centre = f"by the centre crop {result['curves']['test_error'][-1]:.2f} %, "
         note = (f" ({centre * result['multi_crop']}the best epoch by {error}, {best['epoch']}: "
                 f"{best['test_error']:.2f} %)")
+    guess = "; at chance: no better than always naming the class that most images are of"
     say(f"{error} {result['error']:.2f} % after {count(result['epochs'], 'epoch')} and "
-        f"{clock(result['seconds'])}{note}")
-    say(f"curves and predictions: {result['folder']}/curves.png")
+        f"{clock(result['seconds'])}{note}{guess * (result['outcome'] == 'at chance')}")
 
 
 def show_list():

@@ -8,17 +8,17 @@ import math
 import os
 import pickle
 import signal
+import threading
 import time
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from lab.config import Config
 from lab.results import data_name, identity
-from lab.runtime import RUNS, Diverged, Problem, rank, reason, say, world, write_file
+from lab.runtime import RUNS, Diverged, Problem, rank, reason, say, say_once, world, write_file
 
 SAVED = ("epoch", "step", "totals", "history", "seconds", "moments", "header")
 
@@ -63,7 +63,7 @@ def save(run, keep=True):
         torch.save(state, buffer)
         write_file(run.folder / "last.pt", buffer.getvalue(),
                    keep=run.folder / "previous.pt" if keep else None)
-    run.saved = time.time()
+    run.saved = time.monotonic()
 
 
 def read_checkpoint(path):
@@ -127,8 +127,8 @@ def check_same(config, data, state, folder):
                       "choose another --output-dir; for more epochs, with --schedule steps, "
                       f"--resume {folder} --epochs N")
     then = state["data"]
-    if (then["classes"], then.get("source", data.source)) != (data.classes, data.source):
-        raise Problem(                                                   # no source in old ones
+    if (then["classes"], then["source"]) != (data.classes, data.source):
+        raise Problem(
             f"{folder} was trained on other images than {config.data_path} has now (their "
             "classes, number, names or sizes differ): give --data-path where they are, or start a "
             f"new run from its weights with --init {folder}")
@@ -149,7 +149,7 @@ def restore(run, state):
     run.optimizer.load_state_dict(state["optimizer"])
     for name in SAVED:
         setattr(run, name, state[name])
-    run.totals = F.pad(run.totals, (0, 6 - len(run.totals))).to(run.device)   # 4 before --clip
+    run.totals = run.totals.to(run.device)
     run.header["config"]["epochs"] = run.config.epochs
     torch.set_rng_state(state["rng"])
     if run.device.type == "cuda" and "cuda_rng" in state:
@@ -176,18 +176,21 @@ def numbered_folder(config):
     """The next free one of runs/DATASET-MODEL-0, -1, ..."""
     for k in itertools.count():
         folder = RUNS / f"{data_name(config)}-{config.model}-{k}"
-        with contextlib.suppress(FileExistsError):
+        try:
             folder.mkdir(parents=True)
             return folder
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise Problem(f"{folder}: {error.strerror}; give an --output-dir") from error
 
 
 @contextlib.contextmanager
 def locked(folder):
     """Refuse a folder that another process works in; the kernel unlocks when that one dies.
 
-    Not on Windows, which has no fcntl.
+    A folder in which no run begins is removed again.
     """
-    import fcntl
     if rank() > 0:
         yield
         return
@@ -197,26 +200,43 @@ def locked(folder):
     except OSError as error:
         raise Problem(f"--output-dir {folder}: {error.strerror}") from error
     with file:
+        lock(file, folder)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Problem(f"{folder} is in use by another run") from None
-        yield
+            yield
+        finally:
+            if not begun(folder):
+                with contextlib.suppress(OSError):        # it holds something else
+                    (folder / "lock").unlink()
+                    folder.rmdir()
+
+
+def lock(file, folder):
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Problem(f"{folder} is in use by another run") from None
+    except (ImportError, OSError) as error:               # Windows; some network file systems
+        say_once(f"no locks here ({reason(error)}): let no two runs share a folder")
 
 
 @contextlib.contextmanager
 def caught_signals():
-    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
+    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill.
+
+    In a thread, which can catch none, whatever the program has for them stays.
+    """
     signals, first = [], []
 
     def handler(number, frame):
-        if signals and time.time() - first[0] > 1:        # torchrun repeats what a terminal sent
+        if signals and time.monotonic() - first[0] > 1:   # torchrun repeats what a terminal sent
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        first.append(time.time())
+        first.append(time.monotonic())
         signals.append(number)
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    here = threading.current_thread() is threading.main_thread()
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT) if here}
     try:
         yield signals
     finally:

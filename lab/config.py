@@ -95,7 +95,8 @@ AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-
 @dataclasses.dataclass
 class Config:
     dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
-    data_path: str = data_option("data", help="where data sets are, or go", free=True)
+    data_path: str = data_option("data", help="where data sets are, or go", free=True,
+                                 type=os.path.expanduser)
     image_size: int = data_option(0, help="one number, the side of the square that the network "
                                   "sees: other shapes are resized by the short side, and the "
                                   "middle is cut out; 0: the data set's")
@@ -106,8 +107,10 @@ class Config:
                                  "tested, not trained on; the test images stay unseen")
     augment: str = data_option("none", choices=AUGMENT,
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
-    flip: bool = data_option(False, help="mirror training images at random (++: yes, digits: no)")
-    class_list: str = data_option("", help="h-imagenet: a file of other classes")
+    flip: bool = data_option(False, help="mirror training images at random (folder, ++: yes; "
+                             "digits of any kind: no)")
+    class_list: str = data_option("", help="h-imagenet: a file of other classes",
+                                  type=os.path.expanduser)
     unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
                                   "report; trust: do not look beforehand", free=True,
                                   choices=("stop", "skip", "trust"))
@@ -117,19 +120,26 @@ class Config:
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
     init: str = model_option("", help="start from the weights of another run, its folder; where "
-                             "classes differ, the class layer starts anew", metavar="RUN")
+                             "classes differ, the class layer starts anew", metavar="RUN",
+                             type=os.path.expanduser)
     loss: str = model_option("", help="networks with logits: ce, others: margin",
                              choices=("margin", "spread", "spread-fixed", "ce"))
     lam: float = model_option(10.0, help="weight of the feedback divergence")
-    recipe: str = train_option("default", choices=("default", "fast"),
-                               help="default: the paper's (digits: its own); fast: for one evening")
+    recipe: str = train_option("default", choices=("default", "paper", "fast"),
+                               help="default: the paper's, but of digits and folder one that takes "
+                               "minutes; paper: the paper's; fast: for one evening")
     optimizer: str = train_option("adam", help="[Table 5]", choices=("adam", "rmsprop", "sgd"))
     lr: float = train_option(1e-4, help="learning rate")
     weight_decay: float = train_option(5e-4, help="L2 penalty")
     batch_size: int = train_option(128, help="over all processes", type=number(1))
+    fit_batch: bool = train_option(False, help="smaller batches where images are few, a twentieth "
+                                   "of them (folder, recipe fast: yes, but with --batch-size)")
     epochs: int = train_option(600, help="scales the milestones with it", free=True)
+    steps: int = train_option(0, help="instead of --epochs: as many as make about N steps "
+                              "(folder: 500)", metavar="N")
     clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
-                               "never, as in the paper; digits and recipe fast: 1", metavar="NORM")
+                               "never, as in the paper; digits, folder, recipe fast: 1",
+                               metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
@@ -141,20 +151,23 @@ class Config:
     channels_last: bool = run_option(False, help="memory format of images and convolutions")
     deterministic: bool = run_option(False, help="bit-exact on a GPU too, slower")
     output_dir: str = run_option("", help="folder of the run; goes on if one is there already "
-                                 "(default: a new one in runs/)", metavar="DIR")
+                                 "(default: a new one in runs/)", metavar="DIR",
+                                 type=os.path.expanduser)
     resume: str = run_option(None, help="go on with a run as it was asked for: its folder, or the "
-                             "newest unfinished in runs/", nargs="?", const="", metavar="PATH")
+                             "newest unfinished in runs/", nargs="?", const="", metavar="PATH",
+                             type=os.path.expanduser)
     save_every: float = run_option(60.0, help="seconds between checkpoints, 0: every step")
     print_freq: int = run_option(50, help="steps between looks at the loss", type=number(1))
 
 
-RECIPES = {    # what a data set changes in the paper's settings
+PAPERS = {name: dict(batch_size=256) for name in ("h-imagenet", "imagenet")}   # else Config's
+OURS = {    # settings that learn in minutes on a CPU
     "digits": dict(model="encapnet-small", epochs=2, schedule="one-cycle", lr=3e-3, batch_size=64,
                    lam=0.1, clip=1.0, train_images=16000, test_images=2000, channels_last=True),
-    "h-imagenet": dict(batch_size=256),
-    "imagenet": dict(batch_size=256),
+    "folder": dict(model="encapnet-small", steps=500, schedule="one-cycle", lr=3e-3, batch_size=64,
+                   fit_batch=True, lam=0.1, clip=1.0, augment="+", flip=True, channels_last=True),
 }
-FAST = dict(schedule="one-cycle", epochs=30, batch_size=512, lr=4e-3, weight_decay=5e-4, clip=1.0)
+FAST = dict(schedule="one-cycle", epochs=30, batch_size=512, fit_batch=True, lr=4e-3, clip=1.0)
 
 
 def merge(*layers):
@@ -166,25 +179,35 @@ def merge(*layers):
     return merged
 
 
+def with_epochs(config, epochs):
+    """The Config with so many epochs, its milestones scaled with them."""
+    scaled = tuple(m * epochs / max(1, config.epochs) for m in config.milestones)
+    whole = tuple(max(1, round(m)) for m in scaled)
+    collide = config.schedule == "steps" and len(set(whole)) < len(whole)
+    return dataclasses.replace(config, epochs=epochs, milestones=scaled if collide else whole)
+
+
 def make_config(**given):
-    """The Config of a request: given > --recipe fast > the data set's recipe > the paper."""
-    dataset = given.get("dataset", Config.dataset)
-    settings = merge(RECIPES.get(dataset, {}), FAST if given.get("recipe") == "fast" else {})
-    before = Config(**settings)                                          # without the user's wishes
+    """The Config of a request: given > the recipe > the paper."""
+    dataset, recipe = (given.get(name, getattr(Config, name)) for name in ("dataset", "recipe"))
+    ours = {"default": OURS.get(dataset, {}), "fast": FAST, "paper": {}}[recipe]
+    instead = {"steps": "epochs", "fit_batch": "batch_size"}             # what is given goes before
+    ours = {name: value for name, value in ours.items() if instead.get(name) not in given}
+    settings = merge(PAPERS.get(dataset, {}), ours)
     config = Config(**merge(settings, given))
-    if config.augment == "++" and "epochs" not in given:
-        config.epochs = round(1.5 * config.epochs)                       # our choice
+    if config.steps and {"epochs", "milestones"} & set(given):
+        raise Problem("--steps settles the epochs: no --epochs with it, and no --milestones")
+    if config.augment == "++" and "epochs" not in given:                 # our choice
+        config.steps, config.epochs = round(1.5 * config.steps), round(1.5 * config.epochs)
     if "milestones" not in given:
-        scaled = [m * config.epochs / max(1, before.epochs) for m in config.milestones]
-        whole = tuple(max(1, round(m)) for m in scaled)
-        collide = config.schedule == "steps" and len(set(whole)) < len(whole)
-        config.milestones = tuple(scaled) if collide else whole
+        before = dataclasses.replace(config, epochs=Config(**settings).epochs)
+        config = with_epochs(before, config.epochs)
     source = DATASETS[config.dataset]
     usual = encapnet.MODELS[config.model].image_size if config.model in encapnet.MODELS else 0
     config.image_size = config.image_size or max(source.side, usual)
     if config.model == "encapnet" and config.image_size >= 128:
         config.set = {"stem_stride": 4, **config.set}                    # our choice
-    if "flip" not in given:
+    if "flip" not in {**settings, **given}:
         config.flip = config.augment == "++" and source.flips
     if config.recipe == "fast" and "amp" not in given:
         config.amp = pick_device(config.device).type == "cuda"

@@ -2,6 +2,7 @@
 read by worker processes; augmentation is a function of (seed, epoch, image), on the device."""
 import dataclasses
 import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -12,9 +13,19 @@ from torch import Tensor
 
 from lab.config import Config
 from lab.digits import draw_digits
-from lab.folders import HELD_BYTES, Files, chosen, drawn_by, load_folder, load_h_imagenet
+from lab.folders import (
+    HELD_BYTES,
+    Files,
+    chosen,
+    drawn_by,
+    file_stamp,
+    files_below,
+    load_folder,
+    load_h_imagenet,
+    split_folder,
+)
 from lab.results import data_name
-from lab.runtime import Problem, count, rank, reason, world
+from lab.runtime import Problem, count, rank, reason, say, world
 
 
 @dataclasses.dataclass
@@ -41,8 +52,7 @@ class Split:
             for images, index in zip(loader, chunks, strict=True):
                 yield images.to(device, non_blocking=True), self.labels[index], index
         except Problem as error:                          # comes with the worker's traceback
-            last = str(error).strip().splitlines()[-1]
-            raise Problem(last.removeprefix("lab.runtime.Problem: "), 1) from None
+            raise Problem(reason(error).removeprefix("lab.runtime.Problem: "), 1) from None
 
 
 @dataclasses.dataclass
@@ -129,13 +139,16 @@ LOADERS = {"digits": load_digits, **dict.fromkeys(TORCHVISION, load_torchvision)
 
 
 def load_data(config, device):
-    """The data set of a Config; rank 0 first, which may download.  The last is kept."""
+    """The data set of a Config; rank 0 first, which may download.
+
+    The last is kept, while its files are as they were.
+    """
     names = ("dataset", "data_path", "image_size", "train_images", "test_images", "resample",
              "hold_out", "class_list", "unreadable")
     fields = {**{name: getattr(config, name) for name in names},
               "augment": "none" if config.augment == "none" else "+",
               "seed": drawn_by(config, "train")}
-    request = device, tuple(fields.items())
+    request = device, tuple(fields.items()), files_now(config)
     if rank() == 0:
         read_data(*request)
     if world() > 1:
@@ -144,7 +157,7 @@ def load_data(config, device):
 
 
 @functools.lru_cache(maxsize=1)
-def read_data(device, fields):
+def read_data(device, fields, files):
     config = Config(**dict(fields))
     side, whole = config.image_size, config.dataset in ("imagenet", "h-imagenet")
     held = enlarged(side) if config.augment != "none" or whole else side
@@ -161,6 +174,28 @@ def read_data(device, fields):
         raise Problem(f"{data_name(config)} has one class, {classes[0]}: nothing to tell apart")
     mean, std = channel_moments(halves[0], device)
     return Data(data_name(config), classes, *halves, side, mean, std, source)
+
+
+def files_now(config):
+    """What tells the image files of a Config from those that lay there before."""
+    if LOADERS[config.dataset] in (load_digits, load_torchvision):
+        return None
+    folders = [split_folder(Path(config.data_path), split) for split in ("train", "test")]
+    files = itertools.chain([config.class_list], *map(files_below, folders))
+    return hash(tuple((file, *file_stamp(file)) for file in files))
+
+
+def check_images(config, data):
+    """Say before training what cannot be learned from these images."""
+    seen = data.train.labels.cpu().bincount(minlength=len(data.classes)).tolist()
+    if empty := [name for name, n in zip(data.classes, seen, strict=True) if not n]:
+        names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
+        told = f"{data.name}: no training image of {count(len(empty), 'class')}, {names}"
+        if config.unreadable == "skip" and not config.train_images:
+            raise Problem(f"{told}, can be read; mend them, or remove the class folders")
+        say(told)
+    if (data.std <= 1e-3).all():
+        say(f"{data.name}: all training images are of one colour, so that nothing tells them apart")
 
 
 def held_out(images, labels):

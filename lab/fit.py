@@ -12,14 +12,14 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import encapnet
 from lab import checkpoint
-from lab.config import PEERS, Config, tested_on
-from lab.data import Data, augmented, load_data, normalised, shuffle
+from lab.config import PEERS, Config, tested_on, with_epochs
+from lab.data import Data, augmented, check_images, load_data, normalised, shuffle
 from lab.figures import draw_run
-from lab.measure import agreement, call, evaluate, first, sample, told_apart
+from lab.measure import agreement, at_chance, call, evaluate, first, sample, told_apart, unbalanced
 from lab.results import environment, record
 from lab.runtime import Problem, count, rank, say, start, world, write_file
 
@@ -93,8 +93,7 @@ class Run:
 
     @property
     def batch(self):
-        n = min(self.config.batch_size, len(self.data.train))
-        return n - n % world()
+        return batch_size(self.config, len(self.data.train))
 
     @property
     def steps(self):
@@ -104,6 +103,12 @@ class Run:
     @property
     def progress(self):
         return (self.epoch + self.step / self.steps) / max(1, self.config.epochs)
+
+
+def batch_size(config, images):
+    """Images of a step; a recipe takes at most a twentieth of all, so that an epoch has steps."""
+    n = min(config.batch_size, max(2, images // 20) if config.fit_batch else images)
+    return max(world(), n - n % world())
 
 
 def learning_rate(config, progress):
@@ -170,7 +175,7 @@ def train_epoch(run):
     run.bad.fill_(math.inf)
     run.net.train()
     with tqdm(batches, f"epoch {run.epoch + 1}/{config.epochs}", run.steps, initial=run.step,
-              leave=False, file=sys.stdout, disable=True if rank() else None) as bar:
+              leave=False, file=sys.stdout, disable=no_bar()) as bar:
         for images, labels, index in bar:
             values = train_step(run, images, labels, draws[index])
             run.step += 1
@@ -179,9 +184,9 @@ def train_epoch(run):
             run.bad = run.bad.where(values[:2].isfinite(), run.bad.clamp(max=run.step))
             if run.step % config.print_freq == 0 or run.step == run.steps:
                 checkpoint.check_finite(run)
-                if not bar.disable:                       # a terminal has a bar, a file has not
+                if not bar.disable:
                     bar.set_postfix_str(f"loss {run.totals[1] / run.totals[0]:.4f}")
-            due = time.time() - run.saved >= config.save_every
+            due = time.monotonic() - run.saved >= config.save_every
             vote = torch.tensor(run.signals[0] if run.signals else int(due))
             if world() > 1:                               # one process's signal stops them all
                 dist.all_reduce(vote, dist.ReduceOp.MAX)
@@ -192,6 +197,11 @@ def train_epoch(run):
                 raise Problem(f"stopped by {signal.Signals(caught).name} in epoch {run.epoch + 1}, "
                               f"after step {run.step}; go on with: python train.py "
                               f"--resume {run.folder}", 128 + caught)
+
+
+def no_bar():
+    """For tqdm: a terminal and a notebook have a bar (None: look at the file), a file has not."""
+    return True if rank() else False if "ipykernel" in sys.modules else None
 
 
 def clock(seconds):
@@ -241,7 +251,7 @@ def begin(run, state):
     say(f"{data.name}: {len(data.train):,} + {count(len(data.test), 'image')}, "
         f"{count(len(data.classes), 'class')}; {config.model}: {weights:,} parameters; "
         f"{count(config.epochs, 'epoch')}, recipe {config.recipe}, on "
-        f"{environment(run.device)['device']}; {run.folder}")
+        f"{environment(run.device)['device']}; after a stop go on with --resume {run.folder}")
 
 
 def look_at_routing(run):
@@ -260,7 +270,7 @@ def finish_epoch(run, since, images):
     loss, feedback, wrong, norm, clipped = (total / n for total in sums)
     test = evaluate(run)
     lr = run.optimizer.param_groups[0]["lr"]
-    run.seconds += time.time() - since
+    run.seconds += time.monotonic() - since
     run.epoch, run.step = run.epoch + 1, 0
     run.totals.zero_()
     entry = {"epoch": run.epoch, "lr": lr, "loss": loss, "feedback": feedback,
@@ -286,13 +296,12 @@ def finish(run):
     config, last = run.config, (run.history or [{}])[-1]
     multi_crop = config.augment != "none"
     test = evaluate(run, multi_crop)
-    chance = 100 * (1 - 1 / len(run.data.classes))
     best = min(run.history, key=lambda e: e["test_error"], default={})
     result = {
         "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
-        "epochs": config.epochs,
-        "outcome": "at chance" if last.get("train_error", 0) > 0.95 * chance else "ok", **test,
-        "multi_crop": multi_crop,
+        "epochs": config.epochs, **test, "multi_crop": multi_crop,
+        "outcome": "at chance" if at_chance(run, test["error"]) else "ok",
+        "unbalanced": unbalanced(run.data.train.labels),
         **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
         "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
         "parameters": sum(p.numel() for p in run.net.parameters()),
@@ -316,27 +325,35 @@ def fit(config):
     The same output_dir goes on, whoever asks: --resume, the same command, torchrun's restart.
     """
     device = start(config)
-    data = load_data(config, device)
-    run = build_run(config, data, device)                 # or no folder is made
-    if config.init and not (config.output_dir and checkpoint.begun(Path(config.output_dir))):
-        start_from(run, config.init)
     folder = [config.output_dir or (checkpoint.numbered_folder(config) if rank() == 0 else "")]
     if world() > 1:
         dist.broadcast_object_list(folder)
-    folder = Path(folder[0])
-    with checkpoint.locked(folder), checkpoint.caught_signals() as signals:
-        state = checkpoint.load_checkpoint(folder) if checkpoint.begun(folder) else None
-        if state:
-            checkpoint.check_same(config, data, state, folder)
-            result = folder / "result.json"
-            if state["epoch"] == config.epochs and result.exists():
-                say(f"{folder} is already finished")
-                return json.loads(result.read_text())
-        run.folder, run.signals = folder, signals
+    with checkpoint.locked(Path(folder[0])):              # before images are read for an hour
+        return fit_in(Path(folder[0]), config, device)
+
+
+def fit_in(folder, config, device):
+    data = load_data(config, device)
+    check_images(config, data)
+    if config.steps:
+        epochs = round(config.steps * batch_size(config, len(data.train)) / len(data.train))
+        config = dataclasses.replace(with_epochs(config, max(1, epochs)), steps=0)
+    run = build_run(config, data, device)
+    run.folder = folder
+    state = checkpoint.load_checkpoint(folder) if checkpoint.begun(folder) else None
+    if state:
+        checkpoint.check_same(config, data, state, folder)
+        result = folder / "result.json"
+        if state["epoch"] == config.epochs and result.exists():
+            say(f"{folder} is already finished")
+            return json.loads(result.read_text())
+    elif config.init:
+        start_from(run, config.init)
+    with checkpoint.caught_signals() as run.signals:
         begin(run, state)
         while run.epoch < config.epochs:
-            since, before = time.time(), run.step
+            since, before = time.monotonic(), run.step
             train_epoch(run)
-            speed = (run.steps - before) * run.batch / max(1e-9, time.time() - since)
+            speed = (run.steps - before) * run.batch / max(1e-9, time.monotonic() - since)
             finish_epoch(run, since, speed)
         return finish(run)

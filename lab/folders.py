@@ -1,16 +1,20 @@
 """Folders of image files, one's own or ImageNet's: which there are, read and decoded."""
+import contextlib
 import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lab.runtime import Problem, count, reason, say
 
 HELD_BYTES = 4 << 30          # folders up to this size are decoded once and held
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
+            ".webp")
+FULL_SCALES = (1, 2 ** 8 - 1, 2 ** 12 - 1, 2 ** 16 - 1)          # of white in one-channel images
 
 
 def drawn_by(config, split):
@@ -28,19 +32,43 @@ def chosen(n, config, split):
     return order[:wanted].sort().values if wanted else torch.arange(n)
 
 
+def as_rgb(image):
+    """A PIL image of any mode, upright; on white where it is transparent."""
+    from PIL import Image, ImageOps
+    image.load()                                          # raises where pixels are damaged
+    with contextlib.suppress(Exception):                  # a damaged EXIF block raises anything
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                             # 16 or 32 bits, whichever way stored
+        image = Image.fromarray(as_bytes(np.asarray(image.convert("F"))))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def as_bytes(values):
+    """Numbers of an image in one of the usual ranges, the smallest that holds them -> uint8."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= FULL_SCALES[-1]:
+        raise ValueError(f"pixels from {low:g} to {high:g}; known are 0 to 1, 255, 4095 or 65535")
+    white = next(w for w in FULL_SCALES if high <= w)
+    return (values * (255 / white)).round().astype(np.uint8)
+
+
 def decode(file, side, box=None):
-    """An image file of any mode -> (3, side, side) uint8: short side resized, centre cropped.
+    """An image file, PIL image or array (H, W) or (H, W, 3 or 4) of any kind -> (3, side, side)
+    uint8: short side resized, centre cropped.
 
     box: (left, top, right, bottom) to cut out first
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
-    with Image.open(file) as image:                       # PIL refuses what is too large
-        if image.mode.startswith("I"):                    # 16 bits, whichever way stored
-            image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
-        clear = "transparency" in image.info              # a palette with a transparent colour
-        image = ImageOps.exif_transpose(image).convert("RGBA" if clear else "RGB")
-        image = image.convert("RGB").crop(box) if box else image.convert("RGB")
+    if isinstance(file, np.ndarray):
+        file = Image.fromarray(file if file.dtype == np.uint8 else as_bytes(file))
+    with contextlib.nullcontext(file) if isinstance(file, Image.Image) else \
+            Image.open(file) as image:                    # PIL refuses what is too large
+        image = as_rgb(image)
+    image = image.crop(box) if box else image
     scale = side / min(image.size)
     width, height = (max(side, round(s * scale)) for s in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -78,23 +106,63 @@ def split_folder(root, split):
                   f"and {root}/test/CLASS/*.jpg (or val)")
 
 
+def shown(folder):
+    """What lies in a folder, by name, but for what is hidden or a system's own."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if entry.name[0] != "."
+                       and entry.name != "__MACOSX"), key=lambda entry: entry.name)
+
+
+def leads_back(path, above):
+    """Whether a folder is, by a link, one of these or one in which one of these lies."""
+    there = Path(path).resolve()
+    return any(folder.is_relative_to(there) for folder in above)
+
+
 def class_folders(folder):
-    found = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    found = [entry.name for entry in shown(folder)
+             if entry.is_dir() and not leads_back(entry.path, [folder.resolve()])]
     if not found:
         raise Problem(f"{folder} has no class folders: images go to {folder}/CLASS/*.jpg")
     return found
 
 
+def files_below(folder, above=()):
+    """Paths of the files in a folder and its folders, without going round in circles of links."""
+    above = (*above, Path(folder).resolve())
+    for entry in shown(folder):
+        if not entry.is_dir():
+            yield entry.path
+        elif not leads_back(entry.path, above):
+            yield from files_below(entry.path, above)
+
+
+def is_image(path):
+    return path.lower().endswith(SUFFIXES)
+
+
 def image_files(folder, classes):
     """(path, place in classes) of every image, in the order of class names and file names."""
-    from torchvision.datasets.folder import make_dataset
-    number = {name: k for k, name in enumerate(classes)}
-    return make_dataset(str(folder), number, tuple(SUFFIXES), allow_empty=True)
+    files = [(path, k) for k, name in enumerate(classes) if (folder / name).is_dir()
+             for path in files_below(folder / name, [folder.resolve()])]
+    if others := [Path(path).suffix or path for path, _ in files if not is_image(path)]:
+        say(f"{folder}: {count(len(others), 'file')} passed over, not images by their names "
+            f"({', '.join(sorted(set(others)))[:80]})")
+    return [(path, k) for path, k in files if is_image(path)]
+
+
+def file_stamp(path):
+    """Size and time of a file; of a link to nothing nothing."""
+    try:
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    except OSError:
+        return 0, 0
 
 
 def fingerprint(files):
     """What identifies own images: classes, counts, names and sizes of files, not where they lie."""
-    known = [(Path(path).name, k, os.path.getsize(path)) for path, k in files]
+    known = [(Path(path).name, k, file_stamp(path)[0]) for path, k in files]
     return f"{len(files)} files {hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
 
 
@@ -148,7 +216,7 @@ def load_classes(config, held, classes, boxes):
         if lacking := [name for k, name in enumerate(classes) if k not in seen]:
             told = f"{folder}: no images in {', '.join(lacking[:5])}" + ", ..." * (len(lacking) > 5)
             if split == "train" or not samples:
-                raise Problem(told)
+                raise Problem(f"{told} (known by their names: {' '.join(SUFFIXES)})")
             say(f"{told}: not tested")
         known.append(fingerprint(files))
         samples = [samples[k] for k in chosen(len(samples), config, split)]

@@ -21,11 +21,11 @@ def call(model, config, x):
 def count_hits(run, multi_crop=False):
     """Of the whole test set, each image counted once however many the processes.
 
-    -> (3,): right first answers, right among the first five, images; on the device
+    -> (K, 3), of each class: right first answers, right among the first five, images; on the device
     """
     data, mirror = run.data, DATASETS[run.config.dataset].flips
     mine = torch.arange(rank(), len(data.test), world(), device=run.device)
-    hits = torch.zeros(3, dtype=torch.long, device=run.device)           # top-1, top-5, images
+    hits = torch.zeros(len(data.classes), 3, dtype=torch.long, device=run.device)
     run.net.eval()
     for t in run.net.buffers() if world() > 1 else ():    # moments of BatchNorm: those saved
         dist.broadcast(t, 0)
@@ -35,16 +35,33 @@ def count_hits(run, multi_crop=False):
                   for x in views(images, data.side, multi_crop, mirror)]
         scores = sum(s.softmax(1) if run.net.logits else s for s in scores)
         right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-        hits += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
+        found = torch.stack([right[:, 0], right.any(1), torch.ones_like(right[:, 0])], 1)
+        hits.index_add_(0, labels, found.long())
     if world() > 1:
         dist.all_reduce(hits)
     return hits
 
 
 def evaluate(run, multi_crop=False):
-    """Errors in % -> {"error": top-1, "top5_error":, "images": their number}"""
-    top1, top5, n = count_hits(run, multi_crop).tolist()
-    return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n}
+    """Errors in % -> {"error": top-1, "top5_error":, "images": their number, "class_errors":}"""
+    hits = count_hits(run, multi_crop)
+    top1, top5, n = hits.sum(0).tolist()
+    classes = {name: 100 * (seen - right) / seen if seen else None
+               for name, (right, _, seen) in zip(run.data.classes, hits.tolist(), strict=True)}
+    return {"error": 100 * (n - top1) / n, "top5_error": 100 * (n - top5) / n, "images": n,
+            "class_errors": classes}
+
+
+def unbalanced(labels):
+    """Whether some class has twice as many images as another."""
+    number = labels.unique(return_counts=True)[1]
+    return (number.max() >= 2 * number.min()).item()
+
+
+def at_chance(run, error):
+    """Whether always naming the class that most training images are of would do about as well."""
+    usual = run.data.train.labels.bincount().argmax()
+    return error > 95 * (run.data.test.labels != usual).double().mean().item()
 
 
 def watch(layer, function, *arguments):

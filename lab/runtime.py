@@ -1,5 +1,6 @@
 """What every room stands on: a Problem and how it is told, files, devices, processes."""
 import contextlib
+import functools
 import os
 import sys
 import traceback
@@ -24,8 +25,11 @@ class Diverged(Problem):
 
 
 def reason(error):
-    """The first line of what an exception says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    """The cause that an exception names, in one line; it may carry another process's traceback."""
+    text = str(error).rpartition("Traceback (most recent call last):")[2].strip("\n")
+    lines = [line for line in text.splitlines() if line.strip() and line[0] != " "]
+    lines = lines or [text.strip() or type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:300]
 
 
 def say(*words):
@@ -33,9 +37,14 @@ def say(*words):
         print(*words, flush=True)
 
 
+say_once = functools.cache(say)
+
+
 def guarded(program, function, arguments=None):
     """function(arguments) -> exit code: 0, 2 for bad input, 1 for a failure, 128 + signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if hasattr(sys.stdout, "reconfigure"):                # what it cannot show, it shows as "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         function(arguments)
         return 0
@@ -46,11 +55,14 @@ def guarded(program, function, arguments=None):
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             error = Problem("interrupted", 130)
+        elif isinstance(error, OSError) and error.strerror:              # full, read-only, gone
+            error = Problem(f"{error.filename or 'a file'}: {error.strerror}", 1)
         elif not isinstance(error, Problem):
             error = Problem(f"unexpected {type(error).__name__}: {reason(error)} (--debug shows "
                             "where)", 1)
         if rank() == 0 or error.code == 1:
-            print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            with contextlib.suppress(BrokenPipeError):    # the same Ctrl-C ended what it piped into
+                print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.code
     finally:
         if dist.is_initialized():
@@ -61,6 +73,18 @@ def count(n, noun):
     """1 epoch, 2 epochs, 1,000 classes."""
     plural = noun if n == 1 else noun + ("es" if noun.endswith("s") else "s")
     return f"{n:,} {plural}"
+
+
+def sync_folder(folder):
+    """What was renamed in it survives a power cut; not on Windows, nor on every file system."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError as error:
+        say_once(f"{folder}: a power cut may lose what was saved last ({error.strerror})")
 
 
 def write_file(path, content, keep=None):
@@ -74,9 +98,7 @@ def write_file(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):                # on a full or failing disk
             temporary.unlink(missing_ok=True)

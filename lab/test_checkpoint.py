@@ -1,4 +1,5 @@
 """A run is never lost, never wrong: faults are caused for real, in processes of their own."""
+import errno
 import functools
 import io
 import json
@@ -8,7 +9,9 @@ import pickle
 import shlex
 import shutil
 import signal
+import stat
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -38,7 +41,9 @@ from conftest import (
     state_of,
     two_processes,
 )
+from lab import fit
 from lab.checkpoint import load_checkpoint, newest
+from lab.config import make_config
 from lab.runtime import Problem, write_file
 
 # ---- A run is never lost: resume is exact --------------------------------------------------------
@@ -314,14 +319,8 @@ def moved(place):
     return images
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "from before this was saved"])
-def test_images_moved_and_renamed_are_the_same_images(old, half, reference, place):
+def test_images_moved_and_renamed_are_the_same_images(half, reference, place):
     moved(place)
-    if old:
-        for name in ("last.pt", "previous.pt"):
-            state = torch.load(half / name, weights_only=True)
-            del state["data"]["source"], state["config"]["init"]
-            torch.save(state, half / name)
     done = run(place, "--resume run --data-path elsewhere")
     assert done.code == 0 and "elsewhere: 32 + 10 images" in done.out
     assert_same_run(half, reference)
@@ -377,6 +376,98 @@ def test_epochs_may_grow_with_the_run_as_if_planned(reference, place):
     assert [e["lr"] for e in log_of(place / "run")[1:]] == [1e-3, 1e-3, 5e-4]
     done = run(place, "--resume run")
     assert done.code == 0 and "already finished" in done.out
+
+
+# ---- Places that lack something ------------------------------------------------------------------
+
+def break_after(words, sabotage, place):
+    """A run of one epoch with these acts first -> Done; it must have been saved."""
+    done = run(place, FOLDER, "--output-dir run", words, sabotage=sabotage)
+    assert done.code == 0 and load_checkpoint(place / "run")["epoch"] == 1, done
+    assert (place / "run/result.json").exists()
+    return done
+
+
+def no_fcntl():
+    sys.modules["fcntl"] = None                           # as on Windows: importing it fails
+
+
+def no_flock():
+    import fcntl
+
+    def refuse(*words):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+    fcntl.flock = refuse
+
+
+def no_folder_fsync():
+    true = os.fsync
+
+    def refuse(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        true(number)
+    os.fsync = refuse
+
+
+@pytest.mark.parametrize("act", [no_fcntl, no_flock, no_folder_fsync])
+def test_what_a_system_lacks_is_left_out_with_one_line(act, place):
+    whole = break_after("", [], place)
+    shutil.rmtree(place / "run")
+    lacking = break_after("--save-every 0", [act], place)
+    assert len(lacking.out.splitlines()) == len(whole.out.splitlines()) + 1
+
+
+def test_without_git_a_run_goes_on(place):
+    done = run(place, FOLDER, "--output-dir run", env={"PATH": str(place)})
+    assert done.code == 0
+    header = json.loads((place / "run/log.jsonl").read_text().splitlines()[0])
+    assert header["environment"]["commit"] is None
+
+
+def runs_cannot_be_written():
+    Path("runs").write_text("")                           # a file, which root cannot write into
+
+
+def test_a_working_folder_that_cannot_be_written_costs_only_the_line_of_results(place):
+    """With an --output-dir; and it is finished then.  Without one nothing is read first."""
+    break_after("", [runs_cannot_be_written], place)
+    assert "already finished" in run(place, "--resume run").out
+    done = run(place, FOLDER)
+    assert_one_line(done, "runs/")
+
+
+@pytest.mark.parametrize("where", ["data/train/ant/0.png/run", "/proc/run"])
+def test_an_output_dir_that_cannot_be_written_is_found_before_images_are_read(where, place):
+    assert_one_line(run(place, FOLDER, f"--output-dir {where}"), where)
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(place):
+    (place / "mine").mkdir()
+    (place / "mine/notes").write_text("")
+    for folder in ("new/run", "mine"):
+        assert_one_line(run(place, FOLDER, "--set types=0 --output-dir", folder).last(), "types")
+    assert not (place / "new/run").exists() and (place / "mine/notes").exists()
+    assert run(place, FOLDER, "--set types=0").code == 2 and not list(place.glob("runs/*"))
+
+
+def test_the_first_lines_say_how_to_go_on(place):
+    """What Ctrl-C has also taken the reader of the last line from is known from them."""
+    act = functools.partial(at_step, 2, functools.partial(send, signal.SIGINT))
+    done = run(place, EXACT, sabotage=[act])
+    assert done.code == 130
+    assert "--resume run" in done.out.rpartition("train.py: stopped")[0]
+
+
+def test_fit_in_a_thread_leaves_the_programs_signals_alone(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(fit, "draw_run", lambda *run: None)
+    before, found = signal.getsignal(signal.SIGTERM), []
+    _, given = train.parse(shlex.split(FOLDER))
+    thread = threading.Thread(target=lambda: found.append(fit.fit(make_config(**given))))
+    thread.start()
+    thread.join()
+    assert found[0]["epochs"] == 1 and signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- Several processes ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -336,7 +337,8 @@ def test_a_checkpoint_is_saved_after_so_many_seconds(seconds, steps, trial, monk
         save(run, **keywords)
     monkeypatch.setattr(fit, "train_step", slow_step)
     monkeypatch.setattr(checkpoint, "save", noted)
-    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: -now[0])    # a clock that is set back
     fit.fit(config_of(epochs=1, save_every=seconds, output_dir="run"))
     assert saved == [*steps, 4]
 
@@ -427,8 +429,11 @@ def errors_by_hand(net, split, data, crops):
     for image, label in zip(split.images, split.labels.tolist(), strict=True):
         total = sum(scores_by_hand(net, crop, data.mean, data.std) for crop in crops(image))
         beaten.append((total > total[label]).sum())
-    return {"error": 100 * np.mean(np.array(beaten) >= 1), "images": len(beaten),
-            "top5_error": 100 * np.mean(np.array(beaten) >= 5)}
+    beaten, of_class = np.array(beaten), split.labels.numpy()
+    return {"error": 100 * np.mean(beaten >= 1), "images": len(beaten),
+            "top5_error": 100 * np.mean(beaten >= 5)}, \
+        {name: 100 * np.mean(beaten[of_class == k] >= 1) if k in of_class else None
+         for k, name in enumerate(data.classes)}
 
 
 CROPS = {(False, "cifar10"): lambda image: [T.center_crop(image, [4, 4])],
@@ -439,15 +444,20 @@ CROPS = {(False, "cifar10"): lambda image: [T.center_crop(image, [4, 4])],
 
 @pytest.mark.parametrize("logits", [True, False])
 def test_an_evaluation_is_a_count_by_hand(logits, trial):
-    """149 test images in batches of 64; mirrored views where a mirror image is as good."""
+    """149 test images in batches of 64; mirrored views where a mirror image is as good; of one
+    class there is none."""
     data, net = toy_data(train=150, test=149, held=6, classes=10), Reader(logits)
+    data.test.labels[data.test.labels == 7] = 2
     trial(data, lambda: net)
     expected = {case: errors_by_hand(net, data.test, data, crops) for case, crops in CROPS.items()}
-    for (multi_crop, dataset), errors in expected.items():
+    for (multi_crop, dataset), (errors, classes) in expected.items():
         run = build(data, dataset=dataset, batch_size=64)
-        assert fit.evaluate(run, multi_crop) == pytest.approx(errors), (multi_crop, dataset)
-    different = [tuple(errors.values()) for (_, dataset), errors in expected.items()
-                 if dataset == "svhn"] + [tuple(expected[True, "cifar10"].values())]
+        found = fit.evaluate(run, multi_crop)
+        assert found.pop("class_errors") == pytest.approx(classes)
+        assert found == pytest.approx(errors), (multi_crop, dataset)
+        assert classes["class7"] is None and len(set(classes.values())) > 3
+    different = [tuple(errors.values()) for (_, dataset), (errors, _) in expected.items()
+                 if dataset == "svhn"] + [tuple(expected[True, "cifar10"][0].values())]
     assert len(set(different)) == 3                       # or these images could not tell
     assert 0 < different[0][2] < different[0][0] < 100
 
@@ -482,7 +492,7 @@ def test_a_result_is_the_last_epochs_test_with_many_crops_where_training_had_the
     net = Reader(True)
     net.load_state_dict(torch.load("run/last.pt")["net"])
     assert not torch.equal(net.weight, Reader(True).weight)
-    one, ten = (errors_by_hand(net, data.test, data, CROPS[many, "cifar10"])
+    one, ten = (errors_by_hand(net, data.test, data, CROPS[many, "cifar10"])[0]
                 for many in (False, True))
     assert one != ten
     told = {name: result[name] for name in ("error", "top5_error", "images")}
@@ -495,22 +505,38 @@ def test_a_result_is_the_last_epochs_test_with_many_crops_where_training_had_the
         assert json.loads(Path(file).read_text()) == json.loads(json.dumps(result))
 
 
-@pytest.mark.parametrize("train_error, outcome", [(85.4, "ok"), (85.6, "at chance")])
-def test_the_best_epoch_is_no_result(train_error, outcome, trial):
-    """Of ten classes 90 % are wrong at chance; nearly that, 95 % of it, is called so."""
+@pytest.mark.parametrize("error, chance", [(56.9, False), (57.1, True)])
+def test_chance_is_to_name_the_class_that_most_training_images_are_of(error, chance):
+    """Class 2, which is wrong for 60 % of these test images; 95 % of that is no better."""
+    train, test = [2, 0, 1, 2, 2], [1] * 30 + [2] * 20
+    run = SimpleNamespace(data=SimpleNamespace(
+        train=Split(None, torch.tensor(train)), test=Split(None, torch.tensor(test))))
+    assert measure.at_chance(run, error) is chance
+
+
+@pytest.mark.parametrize("counts, unbalanced", [((4, 7, 6), False), ((4, 8, 6), True),
+                                                ((0, 5, 5), False)])
+def test_classes_are_unbalanced_where_one_has_twice_the_images_of_another(counts, unbalanced):
+    labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    assert measure.unbalanced(labels) is unbalanced
+
+
+@pytest.mark.parametrize("guessing", [False, True])
+def test_the_best_epoch_is_no_result(guessing, trial, monkeypatch):
     data = toy_data(test=90, classes=10)
     trial(data, lambda: Reader(False))
     run = build(data, epochs=4)
     run.folder = Path()
-    run.history = [{"epoch": k + 1, "test_error": error, "train_error": 1., "loss": k,
+    run.history = [{"epoch": k + 1, "test_error": error, "train_error": 9., "loss": k,
                     "feedback": -k} for k, error in enumerate((50., 10., 30., 20.))]
-    run.history[-1]["train_error"] = train_error
+    told, classes = errors_by_hand(run.net, data.test, data, CROPS[False, "svhn"])
+    monkeypatch.setattr(fit, "at_chance", lambda run, error: guessing and error == told["error"])
     result = fit.finish(run)
-    told = errors_by_hand(run.net, data.test, data, CROPS[False, "svhn"])
     assert result["error"] == pytest.approx(told["error"]) and told["error"] > 50
+    assert result["class_errors"] == pytest.approx(classes)
     assert result["best_by_test_error"] == {"epoch": 2, "test_error": 10}
-    assert (result["loss"], result["feedback"], result["train_error"]) == (3, -3, train_error)
-    assert result["outcome"] == outcome and result["epochs"] == 4
+    assert (result["loss"], result["feedback"], result["train_error"]) == (3, -3, 9)
+    assert result["outcome"] == ("at chance" if guessing else "ok") and result["epochs"] == 4
     assert result["curves"]["test_error"] == [50, 10, 30, 20]
     assert result["parameters"] == run.net.weight.numel()
 
@@ -546,7 +572,7 @@ def test_test_only_normalises_as_training_did(augment, trial, capsys):
     capsys.readouterr()
     use.test_only({"resume": "run"})
     crops = CROPS[augment != "none", "svhn"]
-    ours, theirs = (errors_by_hand(net, other.test, moments, crops) for moments in (data, other))
+    ours, theirs = (errors_by_hand(net, other.test, moments, crops)[0] for moments in (data, other))
     assert ours["error"] != theirs["error"]
     assert f"test error {ours['error']:.2f} %, top-5 {ours['top5_error']:.2f} %, 150 images" \
         in capsys.readouterr().out
@@ -706,7 +732,7 @@ def test_no_step_and_no_test_touches_the_host(model, on_meta):
     moments = [t for s in run.optimizer.state.values() for t in s.values() if t.dim()]
     assert moments and {t.device for t in moments} == {META}
     hits = measure.count_hits(run, multi_crop=True)
-    assert hits.device == META and hits.shape == (3,)
+    assert hits.device == META and hits.shape == (10, 3)
 
 
 @pytest.mark.parametrize("words", [{}, {"flip": True}, {"augment": "+"},
@@ -720,7 +746,7 @@ def test_no_augmentation_touches_the_host(words, on_meta):
 def test_an_epoch_looks_at_values_only_where_it_checks_them(on_meta, monkeypatch):
     run, checked = on_meta("encapnet-small", augment="++"), []
     monkeypatch.setattr(checkpoint, "check_finite", lambda run: checked.append(run.step))
-    run.saved = time.time()
+    run.saved = time.monotonic()
     fit.train_epoch(run)
     assert checked == [run.step] == [2] and run.totals.device == run.bad.device == META
 

@@ -8,7 +8,7 @@ from lab.checkpoint import load_checkpoint, load_weights
 from lab.config import Config, merge, tested_on
 from lab.data import grey, load_data
 from lab.fit import Run, make_model, start
-from lab.folders import SUFFIXES, decode
+from lab.folders import decode, files_below, is_image
 from lab.measure import evaluate
 from lab.runtime import Problem, count, pick_device, reason, say
 
@@ -46,7 +46,8 @@ def test_only(given):
     run = Run(config, data, device, net, net, None, {})
     test = evaluate(run, config.augment != "none")
     top5 = f"top-5 {test['top5_error']:.2f} %, " * (len(data.classes) > 5)
-    say(f"{data.name}, {config.model} after epoch {state['epoch']}: "
+    steps = f", {count(state['step'], 'step')} of the next" if state["step"] else ""
+    say(f"{data.name}, {config.model} after {count(state['epoch'], 'epoch')}{steps}: "
         f"{tested_on(config)} error {test['error']:.2f} %, {top5}{count(test['images'], 'image')}")
 
 
@@ -54,13 +55,14 @@ def load(run, **given):
     """A trained network, to use in another program -> net in eval mode, class names, transform.
 
     run: its folder or checkpoint;  given: fields of Config to change, such as device="cuda"
-    transform(image file, its path or open) -> (1, C, H, W), as the network was trained on
+    transform(image) -> (1, C, H, W), as the network was trained on; the image is a file's path, an
+    open file, a PIL image or an array (H, W) or (H, W, 3)
     """
     config, state, net, device = trained({"resume": str(run), **given})
     mean, std = (state["data"][name].view(-1, 1, 1) for name in ("mean", "std"))
 
-    def transform(file):
-        x = decode(file, config.image_size)[None] / 255
+    def transform(image):
+        x = decode(image, config.image_size)[None] / 255
         return (((grey(x) if len(mean) == 1 else x) - mean) / std).to(device)
     return net, state["data"]["classes"], transform
 
@@ -69,8 +71,8 @@ def load(run, **given):
 def predict(paths, given):
     """A line an image, or an image of a folder: its classes, the longest (likeliest) first."""
     net, classes, transform = load(given.pop("resume"), **given)
-    files = [file for path in map(Path, paths) for file in (sorted(
-        f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (
+        filter(is_image, files_below(path)) if Path(path).is_dir() else [path])]
     if not files:
         raise Problem(f"no images in {', '.join(paths)[:200]}")
     bad = 0
