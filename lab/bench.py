@@ -3,7 +3,6 @@
     python -m lab.bench routing      routing without votes against routing of votes
     python -m lab.bench sinkhorn     the divergence against POT and geomloss
     python -m lab.bench network      EncapNet: what --compile and GroupedConv save, feedback adds
-    python -m lab.bench scaling      what grows how; draws runs/scaling.png
 
 and of a whole step: python train.py --bench [--model M ...].  All is measured forward and backward,
 on a CPU with one thread (but for a training step); bytes are those that torch's allocator counts.
@@ -13,7 +12,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from functools import partial
 
 import torch
@@ -22,37 +20,19 @@ import encapnet
 from encapnet import RoutedCapsules, squash
 from lab.config import Parser, make_config
 from lab.data import Data, Split
-from lab.figures import draw_scaling
 from lab.fit import build_run, start, train_step
 from lab.results import as_json, environment, record
-from lab.runtime import RUNS, guarded, rank, say, world
+from lab.runtime import guarded, rank, say, world
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own lines on stderr
 
 # ---- Seconds and bytes ---------------------------------------------------------------------------
 
-def now():
-    """Seconds, once a GPU has done its work."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def once(step):
-    begun = now()
-    step()
-    return now() - begun
-
-
-def timed(*steps, budget=10.0):
-    """Median seconds of each step, called in turn so that noise meets all alike; after a first.
-
-    budget: seconds a step
-    """
-    rounds = []
-    while len(rounds) < 2 or sum(map(sum, rounds[1:])) < budget * len(steps):
-        rounds.append([once(step) for step in steps])
-    return list(map(statistics.median, zip(*rounds[1:], strict=True)))
+def median_seconds(step, budget=10.0):
+    """Median seconds of a call, after a first one; calls go on for at least `budget` seconds."""
+    from torch.utils.benchmark import Timer  # slow to import
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=budget).median
 
 
 def peak_memory(function, device):
@@ -72,25 +52,17 @@ def peak_memory(function, device):
     return result, max(itertools.accumulate(changes), default=0)
 
 
-def costs(steps, device):
-    """Seconds and MB of a call of each step."""
-    seconds = timed(*steps)                               # gradients are allocated by now
-    memory = [peak_memory(step, device)[1] / 1e6 for step in steps]
-    return list(zip(seconds, memory, strict=True))
-
-
 def compare(what, steps, device):
     """Measure, print and record.   steps: {name: step, or None: not run}, ours first"""
-    run = {name: step for name, step in steps.items() if step}
-    found = dict(zip(run, costs(run.values(), device), strict=True))
+    found = {name: (median_seconds(step), peak_memory(step, device)[1] / 1e6)  # beside gradients
+             for name, step in steps.items() if step}
     ours, our_memory = next(iter(found.values()))
-    where = {k: environment(device)[k] for k in ("device", "commit", "torch", "command")}
     for name in list(steps)[1:]:
         seconds, memory = found.get(name, (None, None))
         say(f"{what}: {1e3 * ours:,.1f} ms; {name}: "
             + (f"{1e3 * seconds:,.1f} ms, ratio {seconds / ours:.2f}" if seconds else "not run"))
         record({"speed": {"what": what, "instead": name, "ours_seconds": ours, "seconds": seconds,
-                          "ours_MB": our_memory, "MB": memory, **where}})
+                          "ours_MB": our_memory, "MB": memory, **environment(device)}})
 
 
 # ---- A training step -----------------------------------------------------------------------------
@@ -98,11 +70,11 @@ def compare(what, steps, device):
 def random_data(config, device):
     """A batch of random images of ten classes in place of a data set."""
     g, side = torch.Generator().manual_seed(0), config.image_size
-    batch = config.batch_size // world()
-    images = torch.randint(256, (batch, 3, side, side), generator=g, dtype=torch.uint8).to(device)
-    split = Split(images, torch.randint(10, (batch,), generator=g).to(device))
+    shape = config.batch_size // world(), 3, side, side
+    images = torch.randint(256, shape, generator=g, dtype=torch.uint8).to(device)
+    split = Split(images, torch.randint(10, shape[:1], generator=g).to(device))
     half = torch.full((3,), 0.5, device=device)
-    return Data("random", [str(k) for k in range(10)], split, split, side, half, half / 2)
+    return Data("random", list("0123456789"), split, split, side, half, half / 2)
 
 
 def training_step(config, device):
@@ -121,49 +93,53 @@ def costs_of(config, lines):
     return [line for line in lines if as_json(config, COST).items() <= line.items()]
 
 
+def seconds_of_parts(step, budget):
+    """{part: median seconds} of train_step's parts.   step: a function with train_step's tick"""
+    from torch.utils.benchmark import timer
+    moments, parts = [], {}
+
+    def tick(part):
+        moments.append((part, timer()))
+    median_seconds(lambda: (tick("between"), step(tick=tick)), budget)
+    for (_, begun), (part, ended) in itertools.pairwise(moments):
+        parts.setdefault(f"{part}_seconds", []).append(ended - begun)
+    del parts["between_seconds"]
+    return {part: statistics.median(times) for part, times in parts.items()}
+
+
 def bench_step(config, seconds=3.0):
     """Throughput on random images, where a step's time goes, and peak memory; recorded."""
-    device, parts, last = start(config), {}, [0.0]
+    device = start(config)
 
     def begin():
         step, net = training_step(config, device)
-        step()
         step()                                            # the optimizer has its moments by now
-        return step, net
-
-    def tick(part):
-        moment = now()
-        if part:
-            parts.setdefault(f"{part}_seconds", []).append(moment - last[0])
-        last[0] = moment
-
-    (step, net), memory = peak_memory(begin, device)
-    whole, _ = timed(step, lambda: (tick(None), step(tick=tick)), budget=seconds)
+        return step, net, step()
+    (step, net, _), peak = peak_memory(begin, device)
+    whole, parts = median_seconds(step, seconds), seconds_of_parts(step, seconds)
     line = {**as_json(config, COST), "batch": config.batch_size,
             "parameters": sum(p.numel() for p in net.parameters()), "train_step_seconds": whole,
-            "images_per_second": config.batch_size / whole, "memory_MB": memory / 1e6,
-            "device": environment(device)["device"],
-            **{part: statistics.median(times) for part, times in parts.items()}}
-    line["step_seconds"] = line["forward_seconds"] + line["backward_seconds"]
-    split = ", ".join(f"{part.split('_')[0]} {1e3 * line[part]:.1f}" for part in parts)
-    say(f"{config.model}, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
-        f"{line['device']}: {line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms "
-        f"({split}), peak memory of tensors {memory / 1e6:,.0f} MB, "
-        f"{line['parameters']:,} parameters")
+            "images_per_second": config.batch_size / whole, "memory_MB": peak / 1e6,
+            "device": environment(device)["device"], **parts,
+            "step_seconds": parts["forward_seconds"] + parts["backward_seconds"]}
+    split = ", ".join(f"{part.split('_')[0]} {1e3 * time:.1f}" for part, time in parts.items())
+    say(f"{config.model}, {line['parameters']:,} parameters, batch {config.batch_size}, "
+        f"{config.image_size}x{config.image_size}, {line['device']}: "
+        f"{line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms ({split}), "
+        f"peak memory of its tensors {peak / 1e6:,.0f} MB")
     if rank() == 0:
         record({"bench": line})
 
 
-def network_step(device, model="encapnet", batch=16, side=32, compile=False, grouped=True,
-                 **changes):
-    """A training step of a network, on a GPU in bfloat16 and channels-last.
+def network_step(device, batch, compile=False, grouped=True, **changes):
+    """A training step of EncapNet v1, on a GPU in bfloat16 and channels-last.
 
-    grouped: False convolves a type a group, as torch does, in place of GroupedConv
+    grouped: False is torch's own grouped convolution in place of GroupedConv
     """
     gpu = device.type == "cuda"
     step, net = training_step(make_config(
-        dataset="cifar10", model=model, set=changes, image_size=side, batch_size=batch,
-        device=str(device), channels_last=gpu, compile=compile, amp=gpu), device)
+        dataset="cifar10", model="encapnet", set=changes, batch_size=batch, device=str(device),
+        channels_last=gpu, compile=compile, amp=gpu), device)
     for layer in () if grouped else net.modules():
         if isinstance(layer, encapnet.GroupedConv):
             layer.__class__ = torch.nn.Conv2d
@@ -171,11 +147,11 @@ def network_step(device, model="encapnet", batch=16, side=32, compile=False, gro
 
 
 def network_steps(device, **changes):
-    """{form: a training step of EncapNet v1}: ours, compiled, what it replaces, feedback units."""
+    """{form: a training step}: ours, compiled, what it replaces, with feedback units."""
     step = partial(network_step, device, **changes)
     return {"without feedback": step(feedback=0), "--compile": step(feedback=0, compile=True),
-            "a type a group": step(feedback=0, grouped=False),
-            "1 unit a module": step(feedback=1), "2 units a module": step(feedback=2)}
+            "grouped by torch": step(feedback=0, grouped=False),
+            "1 unit per module": step(feedback=1), "2 units per module": step(feedback=2)}
 
 
 def bench_network(device):
@@ -191,11 +167,10 @@ def bench_network(device):
 TABLE_1 = dict(types=32, positions=64, in_dim=8, out=2048, out_dim=16, iterations=3)
 DIGITCAPS = dict(types=1152, positions=1, in_dim=8, out=10, out_dim=16, iterations=3)  # Sabour's
 
-LAYERS = [    # what, routing, shape, {batch: is the other form run}; some votes take hundreds of GB
-    ("dynamic routing", "dynamic", TABLE_1, "votes", {1: True, 4: True, 128: False}),
-    ("em routing", "em", TABLE_1, "votes", {1: True, 4: True, 128: False}),
-    ("DigitCaps 1152x8 -> 10x16", "dynamic", DIGITCAPS, "textbook code",
-     {1: True, 16: True, 64: True})]
+LAYERS = [    # what, routing, shape, the other form, batches
+    ("dynamic routing", "dynamic", TABLE_1, "votes", (1, 4, 128)),
+    ("em routing", "em", TABLE_1, "votes", (1, 4, 128)),
+    ("DigitCaps 1152x8 -> 10x16", "dynamic", DIGITCAPS, "textbook code", (1, 16, 64))]
 
 
 def textbook_routing(u, W, iterations=3):
@@ -235,8 +210,9 @@ def routing_step(routing, form, batch, shape, device):
 def bench_routing(device, layers=LAYERS):
     """The layer of Table 1 without votes and with; Sabour's DigitCaps against textbook code."""
     for what, routing, shape, other, batches in layers:
-        for n, both in batches.items():
+        for n in batches:
             step = partial(routing_step, routing, batch=n, shape=shape, device=device)
+            both = n < 128                                # votes of 128 would take hundreds of GB
             compare(f"{what}, batch {n}", {"ours": step(form="factored"),
                                            other: step(form=other) if both else None}, device)
 
@@ -253,8 +229,7 @@ def with_pot(x, y):
 
     def W(x, y):
         Q = encapnet.cosine_cost(x, y)
-        a, b = (torch.full((n,), 1 / n).to(Q) for n in Q.shape)
-        plan = ot.sinkhorn(a, b, Q.detach(), EPS, numItermax=ITERATIONS, stopThr=0, warn=False)
+        plan = ot.sinkhorn([], [], Q.detach(), EPS, numItermax=ITERATIONS, stopThr=0, warn=False)
         return (Q * plan).sum()
     return 2 * W(x, y) - W(x, x) - W(y, y)
 
@@ -284,64 +259,20 @@ def divergences():
     return found
 
 
-def divergence_step(divergence, *shape, device):
-    """Forward and backward of Eq. (11) between two batches of features (..., n, d)."""
-    x, y = (torch.randn(shape).to(device).requires_grad_() for _ in range(2))
-    return lambda: divergence(x, y).sum().backward()
+def divergence_step(divergence, batch, dim, device):
+    """Forward and backward of Eq. (11) between two batches of features (batch, dim)."""
+    x, y = (torch.randn(batch, dim).to(device).requires_grad_() for _ in range(2))
+    return lambda: divergence(x, y).backward()
 
 
-def bench_sinkhorn(device, batch=128, dim=16, units=8):
-    """One divergence against POT and geomloss; those of all units of a step against a loop."""
-    for what, functions, shape in (
-            (f"divergence of two {batch}x{dim} batches", divergences(), (batch, dim)),
-            (f"divergences of {units} units",
-             {"ours": OURS, "one by one": lambda x, y: torch.stack(list(map(OURS, x, y)))},
-             (units, batch, dim))):
-        compare(what, {name: divergence_step(function, *shape, device=device)
-                       for name, function in functions.items()}, device)
+def bench_sinkhorn(device, batch=128, dim=16):
+    """One divergence against POT and geomloss."""
+    steps = {name: divergence_step(function, batch, dim, device)
+             for name, function in divergences().items()}
+    compare(f"divergence of two {batch}x{dim} batches", steps, device)
 
 
-# ---- Growth --------------------------------------------------------------------------------------
-
-def square_layer(routing, device, batch=4, capsules=512, iterations=3):
-    """Routing of `capsules` lower ones, 64 of a type, to as many higher ones."""
-    shape = dict(types=capsules // 64, positions=64, in_dim=8, out=capsules, out_dim=16,
-                 iterations=iterations)
-    return routing_step(routing, "factored", batch, shape, device)
-
-
-CURVES = {
-    "dynamic": partial(square_layer, "dynamic"), "EM": partial(square_layer, "em"),
-    "EncapNet": partial(network_step, model="encapnet-small", batch=8, stem_stride=1),
-    "Sinkhorn": lambda device, samples: divergence_step(OURS, samples, 16, device=device)}
-SWEEPS = [    # axis, keyword of the curves, its values, curves
-    ("batch", "batch", (2, 4, 8, 16, 32), ("dynamic", "EM", "EncapNet")),
-    ("capsules, lower and higher", "capsules", (128, 256, 512, 1024), ("dynamic", "EM")),
-    ("routing iterations", "iterations", (1, 2, 4, 8), ("dynamic", "EM")),
-    ("side of the image", "side", (16, 32, 64, 128), ("EncapNet",)),
-    ("samples of a divergence", "samples", (256, 512, 1024, 2048), ("Sinkhorn",)),
-]
-
-
-def bench_scaling(device, sweeps=SWEEPS):
-    """Time and memory against batch, capsules, iterations, side, samples; a figure."""
-    lines = []
-    for axis, keyword, values, curves in sweeps:
-        for name in curves:
-            found = costs([CURVES[name](device, **{keyword: n}) for n in values], device)
-            for unit, y in zip(("seconds", "MB"), zip(*found, strict=True), strict=True):
-                if min(y) > 0:
-                    logarithms = (list(map(math.log, z)) for z in (values, y))
-                    slope = statistics.linear_regression(*logarithms).slope
-                    say(f"{name}, {unit} against {axis}: n^{slope:.2f}")
-                    lines.append({"of": name, "what": unit, "against": axis, "values": values,
-                                  "measured": y, "exponent": slope})
-                    record({"scaling": {**lines[-1], **environment(device)}})
-    draw_scaling(lines, RUNS / "scaling.png")
-
-
-BENCHES = {"routing": bench_routing, "sinkhorn": bench_sinkhorn, "network": bench_network,
-           "scaling": bench_scaling}
+BENCHES = {"routing": bench_routing, "sinkhorn": bench_sinkhorn, "network": bench_network}
 
 
 def command(words):

@@ -1,12 +1,12 @@
-"""Beyond the paper: see what a capsule means, and test what the paper only says in words.
+"""Beyond the paper: what a capsule means, and how robust a network is.
 
     python -m lab.explore explain RUN               one page of pictures, RUN/explain.png
-    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks, a line a test;
-                                                    their plot is robustness.png of the first RUN
+    python -m lab.explore robustness RUN [RUN...]   error under changes and attacks; the plot of
+                                                    all is robustness.png of the first RUN
 
-RUN is a folder of train.py, of any model and data set; runs of one model are its seeds.  Every
-run's errors go to runs/results.jsonl too.
+RUN is a folder of train.py; runs of one model are its seeds.  Errors go to runs/results.jsonl too.
 """
+import importlib.util
 import json
 import math
 import statistics
@@ -18,22 +18,18 @@ import torch
 import torch.nn.functional as F
 
 import encapnet
-from lab import figures
+from lab import figures, measure
 from lab.config import Parser, number
 from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import Run, classification_loss
-from lab.measure import call, spread, variance_between_samples, watch
+from lab.fit import Run
 from lab.results import environment, identity, record
-from lab.runtime import Problem, guarded, say, write_file
+from lab.runtime import Problem, count, guarded, say, write_file
 from lab.use import test_data, trained
 
 
 def load(path, device="auto"):
-    """A run to look at, its network in eval mode, its weights fixed.
-
-    path: a folder that train.py wrote, or a checkpoint in one
-    """
+    """A run of train.py, its folder or a checkpoint in it: test images and a network in eval."""
     config, state, net, device = trained({"resume": str(path), "device": device})
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     data = test_data(config, state, device)
@@ -45,50 +41,20 @@ def name_of(run):
     return " ".join([run.config.model, *(f"{k}={v}" for k, v in run.config.set.items())])
 
 
-def scores(run, x):
-    """Class scores (B, K) of images (B, C, H, W) in [0, 1]."""
-    return call(run.net, run.config, normalised(x, run.data))[0]
-
-
-# ---- explain: each panel draws itself into a subfigure -> numbers, and gives them back -----------
-
-def features(run, x, labels):
-    """The capsule of each image's right class, whose length is the score: (B, d)."""
-    layer, parts = getattr(run.net, "classes", None) or run.net.routed[-1], []
-    for part, label in zip(x.split(250), labels.split(250), strict=True):
-        _, v = watch(layer, scores, run, part)
-        parts.append(v[torch.arange(len(v)), label])
-    return torch.cat(parts).cpu().double()
-
-
-def r_squared(z, factors, labels):
-    """Share of each factor's variance that z tells by a linear fit, within a class; class mean.
-
-    z: (B, F);  factors: (B, f) -> all of z, on held-out images (f,);  each of z alone (f, F)
-    """
-    together, alone = [], []
-    for k in labels.unique():
-        x, y = z[labels == k], factors[labels == k].double()
-        x, y = x - x.mean(0), y - y.mean(0)
-        # Where a capsule never uses a dimension, gelsd's rank cut leaves it alone.
-        w = torch.linalg.lstsq(x[::2], y[::2], driver="gelsd").solution
-        rest = y[1::2] - x[1::2] @ w
-        together.append(1 - rest.square().mean(0) / y[1::2].square().mean(0))
-        alone.append(F.cosine_similarity(y.T[:, None], x.T, dim=2, eps=1e-15).square())
-    return torch.stack(together).mean(0).clamp(min=0), torch.stack(alone).mean(0)
-
+# ---- explain: each panel draws itself into a subfigure and returns its numbers -------------------
 
 def draw_pose(run, figure, drawn=4000):
     images, labels, poses = draw_digits(drawn, train=False)             # files tell no poses
     x = fit_side(images, run.data.side).to(run.device).float() / 255
-    together, alone = r_squared(features(run, x, labels), poses, labels)
+    capsules = measure.true_capsules(run, x, labels)
+    together, alone = measure.explained_variance(capsules, poses, labels)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     shown = left.imshow(alone.numpy(), vmin=0, aspect="auto")
     left.set_yticks(range(len(POSE)), list(POSE))
-    left.set(xlabel="dimension", title="squared correlation, each alone")
+    left.set(xlabel="dimension", title="squared correlation, each dimension alone")
     figure.colorbar(shown, ax=left)
     right.bar_label(right.bar(list(POSE), together.numpy(), color=figures.COLOURS[0]), fmt="%.2f")
-    right.set(ylim=(0, 1), ylabel="$R^2$", title="a linear fit on all of them, held out")
+    right.set(ylim=(0, 1), ylabel="$R^2$", title="a linear fit on all dimensions, held-out images")
     return dict(zip(POSE, together.tolist(), strict=True))
 
 
@@ -108,12 +74,12 @@ def capconvs(run):
 def draw_coefficients(run, figure, shown=3):
     layers = capconvs(run)
     layers = list(dict.fromkeys([layers[0], layers[len(layers) // 2]]))
-    x, numbers = spread(run, 60)[0], {}
+    x, numbers = measure.spread_images(run, 60)[0], {}
     first, *axes, density = figure.subplots(1, 2 + 2 * len(layers), width_ratios=[
         *[2] * (1 + 2 * len(layers)), 3])
     draw_maps(first, x[:shown].mean(1), "image", cmap="gray")
     for k, layer in enumerate(layers):
-        u, _ = watch(layer, scores, run, x)
+        u, _ = measure.input_and_output(layer, measure.class_scores, run, x)
         pair = [m.cpu() for m in layer.branches(u)[2:]]                # m1, m2 (B, G, H, W)
         maps = torch.stack([m[:shown].mean(1) for m in pair])          # (2, shown, H, W)
         two = axes[2 * k:2 * k + 2]
@@ -128,51 +94,41 @@ def draw_coefficients(run, figure, shown=3):
     density.axvline(1, color="0.5", lw=.8)
     density.set(title="all types; grey: the start", xlabel="coefficient", ylabel="density",
                 yticks=[])
-    density.legend(fontsize=7)
+    figure.legend(loc="outside lower right", ncols=4, fontsize=8)
     return numbers
-
-
-def match(a, b):
-    """Correlation of images (B, ...) with their counterparts, mean over B."""
-    a, b = (z.flatten(1) - z.flatten(1).mean(1, keepdim=True) for z in (a, b))
-    return F.cosine_similarity(a, b).mean().item()
 
 
 def draw_feedback(run, figure, shown=4):
     def lengths(image):                                # mean over types, (B, H, W)
         return image.unflatten(1, (getattr(run.net, "types", 1), -1)).norm(dim=2).mean(1)
-    _, pairs = run.net.walk(run.net.stem(normalised(spread(run, 200)[0], run.data)))
-    units = list(zip(run.net.units, pairs, strict=True))
-    both = [(low, unit.generate(high, low.shape[-2:])) for unit, (low, high) in units]
-    series = {"all channels": [match(a, b) for a, b in both],
-              "capsule lengths": [match(lengths(a), lengths(b)) for a, b in both],
-              "lengths, other image": [match(lengths(a), lengths(b).roll(1, 0)) for a, b in both],
-              "told apart": [variance_between_samples(unit, low).item()
-                             for unit, (low, _) in units]}
-    axes, names = figure.subplot_mosaic("RB;GB"), [f"unit {k + 1}" for k in range(len(units))]
-    for axis, image, what in zip((axes["R"], axes["G"]), both[0], ("real", "generated"),
-                                 strict=True):
-        draw_maps(axis, lengths(image)[:shown], f"{what}, unit 1", columns=shown)
-    bars = axes["B"]
-    for k, (label, values) in enumerate(series.items()):
-        places = [j + .2 * (k - 1.5) for j in range(len(units))]
-        drawn = bars.bar(places, values, .2, label=label, color=figures.COLOURS[k])
-        bars.bar_label(drawn, fmt="%.2f", fontsize=7)
-    bars.set_xticks(range(len(units)), names)
-    bars.set(ylim=(None, 1.3), ylabel="correlation, or share",
-             title="correlation of generated and real; share told apart", xlabel=
-             "told apart: share of variance between samples in the features that a unit compares;\n"
-             "near 0 all images look alike to the unit, and it feeds nothing back")
-    bars.legend(ncols=4, loc="upper center", fontsize=8)
-    return {label: dict(zip(names, values, strict=True)) for label, values in series.items()}
+    _, pairs = run.net.walk(run.net.stem(normalised(measure.spread_images(run, 200)[0], run.data)))
+    axes, found = figure.subplot_mosaic("RB;GB"), {}
+    for k, (unit, (low, high)) in enumerate(zip(run.net.units, pairs, strict=True), 1):
+        made = unit.generate(high, low.shape[-2:])
+        real, generated = lengths(low), lengths(made)
+        if k == 1:
+            draw_maps(axes["R"], real[:shown], "real, unit 1", columns=shown)
+            draw_maps(axes["G"], generated[:shown], "generated, unit 1", columns=shown)
+        for label, value in (
+                ("correlation, all channels", measure.correlation(low, made)),
+                ("correlation, capsule lengths", measure.correlation(real, generated)),
+                ("the same, another image", measure.correlation(real, generated.roll(1, 0))),
+                ("share told apart", measure.variance_between_samples(unit, low).item())):
+            found.setdefault(label, {})[f"unit {k}"] = value
+    figures.draw_series(
+        axes["B"], found, lambda value: (value, math.nan), title="generated against real images",
+        xlabel="told apart: share of variance between samples in the features a unit compares;\n"
+        "near 0 all images look alike to the unit, and it feeds nothing back")
+    figure.legend(loc="outside lower right", ncols=4, fontsize=8)
+    return found
 
 
 PANELS = [  # title; of which runs; how; height in inches
-    ("What the dimensions of the right class capsule tell",
+    ("What the dimensions of the true class's capsule encode",
      lambda run: run.config.dataset == "digits" and not run.net.logits, draw_pose, 2.7),
     ("Master and aide coefficients, mean over types", capconvs, draw_coefficients, 4),
     ("What the feedback generator recovers of the lower layer",
-     lambda run: len(getattr(run.net, "units", ())), draw_feedback, 3.2),
+     lambda run: len(getattr(run.net, "units", ())), draw_feedback, 3.6),
 ]
 
 
@@ -182,10 +138,10 @@ def explain(run):
     panels = [panel for panel in PANELS if panel[1](run)]
     if not panels:
         raise Problem(f"{run.folder}: a page needs capsules of digits, capConv or feedback units")
-    heights = [height for *_, height in panels]
+    *_, heights = zip(*panels, strict=True)
     figure = Figure(figsize=(13, .4 + sum(heights)), layout="constrained")
     title = f"{run.folder}: {name_of(run)} on {run.data.name}, epochs={run.config.epochs}"
-    figure.suptitle(figures.legible(title, 900), fontsize=10)
+    figure.suptitle(figures.shortened(title, 150), fontsize=10)
     numbers = {"run": str(run.folder), "environment": environment(run.device)}
     rows = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for k, (row, (title, _, draw, _)) in enumerate(zip(rows, panels, strict=True), 1):
@@ -201,8 +157,8 @@ CHANGES = {  # name: strengths; each image is changed to one side or the other, 
     "rotation": ("degrees", (10, 20, 30, 45)),
     "shift": ("pixels, both ways", (1, 2, 4, 6)),
     "scale": ("log2 of the size", (.25, .5, .75, 1)),
-    "shear": ("lean a unit of height", (.15, .3, .45, .6)),
-    "noise": ("sd, of 1", (.05, .1, .2, .3)),
+    "shear": ("lean per unit of height", (.15, .3, .45, .6)),
+    "noise": ("of a pixel's range (sd)", (.05, .1, .2, .3)),
 }
 
 
@@ -224,77 +180,58 @@ def changed(x, kind, strength, generator):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def unsquashed(scores):
-    """2 log |s| of capsules of length |s|^2 / (1 + |s|^2): grows where squash has gone flat."""
-    L = scores.clamp(1e-12, 1 - 1e-6)
-    return L.log() - (-L).log1p()
+class Attacked(torch.nn.Module):
+    """What an attack sees of a run: images in [0, 1] -> logits (B, K).
 
-
-def loss(run, scores, labels):
-    """The training loss, as margin something to climb: of scores (B, K), summed over images."""
-    return len(scores) * classification_loss(run.config, scores, labels, 1.0)
-
-
-def margin(run, scores, labels):
-    """Best other class's logit or unsquashed length less the right one's; above 0 is an error."""
-    z, own = scores if run.net.logits else unsquashed(scores), F.one_hot(labels, scores.shape[1])
-    return (z.masked_fill(own.bool(), -math.inf).amax(1) - (z * own).sum(1)).sum()
-
-
-def slope(run, x, labels, objective):
-    """Gradient of an objective on images (B, C, H, W)."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(objective(run, scores(run, x), labels), x)[0]
-
-
-def fooled(run, x, labels):
-    return scores(run, x).argmax(1) != labels
-
-
-def attack(run, x, labels, objective, eps, steps, restarts, generator):
-    """Projected gradient ascent in the L-inf ball of eps -> fooled, then or at any step (B,).
-
-    step size 2.5 eps / steps; each restart begins at random; steps=1: FGSM, from x, a step of eps.
+    Attacks climb losses of logits.  The length of a capsule, |s|^2 / (1 + |s|^2), is flat near 1;
+    its logit 2 log |s| is not.  It orders the classes alike, so the same images are wrong, and its
+    softmax is each class's share of the sum of |s|^2.
     """
-    wrong, step = fooled(run, x, labels), eps if steps == 1 else 2.5 * eps / steps
-    for _ in range(restarts):
-        noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
-        now = x if steps == 1 else (x + eps * noise).clamp(0, 1)
-        for _ in range(steps):
-            now = now + step * slope(run, now, labels, objective).sign()
-            now = now.clamp(x - eps, x + eps).clamp(0, 1)
-            wrong |= fooled(run, now, labels)
-    return wrong
+
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.net = run, run.net
+        self.eval()
+
+    def forward(self, x):
+        z = measure.class_scores(self.run, x)
+        return z if self.net.logits else z.logit(1e-7)
 
 
-def measure(run, n, steps, restarts, budgets):
-    """Errors in % -> {change or attack: {strength: error}}.   budgets: eps, in 1/255
+def attacks(model, eps, classes, steps=20):
+    """{name: [an attack within eps in L-inf, ...]} of torchattacks.
 
-    PGD climbs the training loss;  PGD margin, in twice the steps, what the loss may hide
+    APGD, which finds its own step sizes, is the part of AutoAttack that follows the gradient: of
+    cross entropy and, where there are three classes, of the difference of logits ratio.
     """
-    def percent(wrong):
-        return 100 * wrong.cpu().double().mean().item()
-    generator = torch.Generator().manual_seed(0)                       # alike for every run
-    x, labels = spread(run, n)
-    wrong = fooled(run, x, labels)
-    errors = {"clean": {"0": percent(wrong)}}
-    for kind, (_, strengths) in CHANGES.items():
-        errors[kind] = {f"{s:g}": percent(fooled(run, changed(x, kind, s, generator), labels))
-                        for s in strengths}
-    attacks = {"FGSM": (loss, 1, 1), "PGD": (loss, steps, restarts),
-               "PGD margin": (margin, 2 * steps, restarts)}
+    import torchattacks
+    losses = ("ce", "dlr") if classes > 2 else ("ce",)
+    return {"FGSM": [torchattacks.FGSM(model, eps)],
+            "PGD": [torchattacks.PGD(model, eps, 2.5 * eps / steps, steps)],
+            "APGD": [torchattacks.APGD(model, eps=eps, steps=steps, loss=loss) for loss in losses]}
+
+
+def errors_of(run, n, budgets):
+    """Errors in % -> {change or attack: {strength: error}}, told as they are found."""
+    x, labels = measure.spread_images(run, n)
+    errors, generator = {}, torch.manual_seed(0)                       # alike for every run
+
+    def wrong(x):
+        return measure.class_scores(run, x).argmax(1) != labels
+
+    def tell(test, strength, words, wrong):
+        error = 100 * wrong.double().mean().item()
+        errors.setdefault(test, {})[f"{strength:g}"] = error
+        say(f"  {words}: wrong on {error:.1f} % of {count(len(x), 'image')}")
+    clean = wrong(x)
+    tell("clean", 0, "unchanged", clean)
+    for kind, (unit, strengths) in CHANGES.items():
+        for s in strengths:
+            tell(kind, s, f"{kind}, {s:g} {unit}", wrong(changed(x, kind, s, generator)))
     for eps in budgets:
-        found = {name: attack(run, x, labels, objective, eps / 255, k, r, generator)
-                 for name, (objective, k, r) in attacks.items()}
-        found["any attack"] = torch.stack(list(found.values())).any(0)
-        for name, out in found.items():
-            errors.setdefault(name, {})[f"{eps:g}"] = percent(out)
-    # With half the range of a pixel allowed any network must fall, or its gradient is masked.
-    out = attack(run, x, labels, margin, .5, 2 * steps, 1, generator)
-    errors["PGD margin, half the range"] = {"127.5": percent(out)}
-    for objective in (loss, margin):
-        steepest = slope(run, x, labels, objective).abs().flatten(1).amax(1)[~wrong]
-        errors[f"right, no {objective.__name__} gradient"] = {"0": percent(steepest < 1e-6)}
+        for name, tools in attacks(Attacked(run), eps / 255, len(run.data.classes)).items():
+            fooled = torch.stack([clean, *(wrong(tool(x, labels)) for tool in tools)]).any(0)
+            tell(name, eps, f"{name}, each pixel changed by at most {eps:g}/255", fooled)
     return errors
 
 
@@ -304,63 +241,56 @@ def mean_sd(values):
 
 
 def draw_robustness(groups, path):
-    """A panel a change or attack, a line a model, bars the sd over seeds.
-
-    groups: {model: [errors of a seed, ...]}
-    """
+    """One panel per change or attack, one line per model of {model: [errors of a seed, ...]}."""
     units = {**{kind: unit for kind, (unit, _) in CHANGES.items()},
-             **dict.fromkeys(("FGSM", "PGD", "PGD margin"), "eps, in 1/255")}
+             **dict.fromkeys(("FGSM", "PGD", "APGD"), "eps, in 1/255")}
     figure, axes = figures.canvas(2, 4, width=11, height=2.9)
     for axis, (test, unit) in zip(axes.flat, units.items(), strict=True):
         series = {}
         for name, seeds in groups.items():
             kept = [{**errors["clean"], **errors[test]} for errors in seeds]
-            series[name] = {float(s): [errors[s] for errors in kept] for s in kept[0]}
-        figures.draw_series(axis, series, mean_sd, title=test, xlabel=unit, ylim=(0, 102))
-    for row in axes:
-        row[0].set_ylabel("error (%)")
+            series[name] = {k: [errors[s] for errors in kept] for k, s in enumerate(kept[0])}
+        figures.draw_series(axis, series, mean_sd, title=test, xlabel=unit, ylim=(0, 102),
+                            ylabel="error (%)")
+        axis.set_xticks(range(len(kept[0])), list(kept[0]))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figures.save_figure(figure, path)
 
 
-def robustness(runs, images=300, steps=20, restarts=2, eps=(1, 2, 4, 8)):
+def robustness(runs, images, eps):
     """Error of every run under changes and attacks; the first one's robustness.png shows all."""
-    groups, trainings = {}, [{**identity(run.config), "epochs": run.config.epochs} for run in runs]
-    for run, training in zip(runs, trainings, strict=True):
-        errors = measure(run, images, steps, restarts, eps)
+    groups, usual = {}, {**identity(runs[0].config), "epochs": runs[0].config.epochs}
+    for run in runs:
+        training = {**identity(run.config), "epochs": run.config.epochs}
+        unlike = [f"{name}={value}" for name, value in training.items()
+                  if value != usual[name] and name not in ("model", "set", "seed")]
+        label = " ".join([name_of(run), *unlike])
+        say(f"{run.folder}: {label}")
+        errors = errors_of(run, images, eps)
         record({"robustness": name_of(run), "folder": str(run.folder), "seed": run.config.seed,
                 "training": training, "images": min(images, len(run.data.test)), "errors": errors,
                 "environment": environment(run.device)})               # its command has the flags
-        unlike = [f"{name}={value}" for name, value in training.items()
-                  if value != trainings[0][name] and name not in ("model", "set", "seed")]
-        label = " ".join([name_of(run), *unlike])
         groups.setdefault(label, []).append(errors)
-        say(f"{run.folder}: {label}, strength: error in %")
-        for test, found in errors.items():
-            told = ", ".join(f"{strength}: {error:.1f}" for strength, error in found.items())
-            say(f"  {test:28} {told}")
     draw_robustness(groups, runs[0].folder / "robustness.png")
 
-
-# ---- Command line --------------------------------------------------------------------------------
 
 def command(words):
     parser = Parser("python -m lab.explore", description=__doc__)
     parser.add_argument("name", choices=("explain", "robustness"), help="what to do, as above")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
-    tests = parser.add_argument_group("robustness")
-    for name, default, text in (("images", 300, "test images"), ("steps", 20, "steps of PGD"),
-                                ("restarts", 2, "random starts of PGD")):
-        tests.add_argument(f"--{name}", type=number(1), default=default, metavar="N",
-                           help=f"{text} (default: {default})")
-    tests.add_argument("--eps", nargs="+", type=number(0, float), default=[1, 2, 4, 8], metavar="E",
-                       help="largest change of a pixel by an attack, in 1/255 (default: 1 2 4 8)")
+    parser.add_argument("--images", type=number(1), default=200, metavar="N",
+                        help="test images of robustness (default: 200)")
+    parser.add_argument("--eps", nargs="+", type=number(0, float), default=[4, 8, 16, 32, 127.5],
+                        metavar="E", help="largest change of a pixel by an attack, in 1/255 "
+                        "(default: 4 8 16 32 127.5; a network right at the last masks gradients)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(words)
+    if given.name == "robustness" and not importlib.util.find_spec("torchattacks"):
+        raise Problem("robustness needs torchattacks: pip install torchattacks")
     runs = [load(path, given.device) for path in given.runs]
     if given.name == "robustness":
-        return robustness(runs, given.images, given.steps, given.restarts, given.eps)
+        return robustness(runs, given.images, given.eps)
     for run in runs:
         explain(run)
 

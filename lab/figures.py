@@ -1,9 +1,8 @@
 """Drawing: a canvas, names in any script, a file, the picture of a run, Figures 2 and 4."""
-import bisect
-import functools
 import io
 import math
 import statistics
+import warnings
 
 import torch
 
@@ -24,43 +23,24 @@ def canvas(rows, columns, width=10, height=3.2):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-@functools.cache
-def typefaces():
-    """The families of TYPEFACES that are installed, and the characters they have between them."""
-    from matplotlib.font_manager import findfont, fontManager, get_font
-    families = [name for name in TYPEFACES if name in fontManager.get_font_names()]
-    return families, set().union(*(get_font(findfont(name)).get_charmap() for name in families))
-
-
-@functools.cache
-def legible(name, width=math.inf, size=10):
-    """A user's words as save_figure can draw them: no formula, no character without a glyph.
-
-    width: in points, of a text of this size; what is longer ends in an ellipsis
-    """
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-    families, known = typefaces()
-    font = FontProperties(family=families, size=size)
-    parts = [c if ord(c) in known else c.encode("unicode_escape").decode() for c in name]
-    parts = [r"\$" if part == "$" else part for part in parts]           # $ begins a formula
-
-    def shortened(n):
-        return "".join(parts[:n]) + "…" * (n < len(parts))
-
-    def measured(n):
-        return TextPath((0, 0), shortened(n), prop=font).get_extents().width
-    if not parts or measured(len(parts)) <= width:
-        return shortened(len(parts))
-    return shortened(bisect.bisect(range(1, len(parts)), width, key=measured))
+def shortened(name, longest):
+    """A user's words, cut to so many characters; a $ in them begins no formula."""
+    name = name.encode(errors="replace").decode()         # of a file name that is not UTF-8
+    name = name if len(name) <= longest else name[:longest - 1] + "…"
+    return name.replace("$", r"\$")
 
 
 def save_figure(figure, path):
+    """Write a PNG; characters that no installed typeface has become boxes."""
+    from matplotlib.font_manager import fontManager
     from matplotlib.text import Text
+    installed = [name for name in TYPEFACES if name in fontManager.get_font_names()]
     for text in figure.findobj(Text):
-        text.set_family(typefaces()[0])
+        text.set_family(installed)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(buffer, dpi=110, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, buffer.getvalue())
     say(f"wrote {path}")
@@ -72,36 +52,37 @@ def whole_epochs(axis):
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def draw_run(history, images, answers, labels, classes, path):
+def draw_run(title, chance, history, images, answers, labels, classes, path):
     """Loss and error against epochs, and at most 24 test images with the network's answers.
 
-    images: (n, C, H, W) in [0, 1];  answers, labels: class numbers
+    chance: an error in %;  history: entries of the log;  images: (n, C, H, W) in [0, 1]
+    answers, labels: class numbers
     """
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 4))
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    figure.suptitle(shortened(title, 120), fontsize=11)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 4.5))
     left, right = top.subplots(1, 2)
-    epochs = [e["epoch"] for e in history]
     losses = ("loss", "feedback") if any(e["feedback"] for e in history) else ("loss",)
+    right.axhline(chance, color="0.5", ls="--", lw=1, label="chance")
     for axis, names, unit in ((left, losses, "loss"),
                               (right, ("train_error", "test_error"), "error (%)")):
         for name, colour in zip(names, COLOURS, strict=False):
-            axis.plot(epochs, [e[name] for e in history], ".-", color=colour,
-                      label=name.replace("_", " "))
+            axis.plot([e["epoch"] for e in history], [e[name] for e in history], ".-",
+                      color=colour, label=name.replace("_", " "))
         axis.set_ylabel(unit)
         whole_epochs(axis)
         axis.legend()
         axis.grid(alpha=0.3)
+    bottom.suptitle("test images: predicted class; if it is wrong, predicted / true", fontsize=10)
     axes = bottom.subplots(3, 8).ravel()
-    for axis in axes[len(images):]:
+    for axis in axes:
         axis.set_axis_off()
     for axis, image, answer, label in zip(axes, images, answers, labels, strict=False):
-        caption = legible(classes[answer], 80, 8)
-        if answer != label:
-            caption += f"\nis {legible(classes[label], 70, 8)}"
+        wrong = answer != label
+        caption = shortened(classes[answer], 14) + f" /\n{shortened(classes[label], 14)}" * wrong
+        axis.set_title(caption, fontsize=8, color=COLOURS[1] if wrong else "black")
         axis.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).clamp(0, 1).numpy())
-        axis.set(xticks=(), yticks=(), frame_on=False)
-        axis.set_xlabel(caption, fontsize=8, color="black" if answer == label else COLOURS[1])
     save_figure(figure, path)
 
 
@@ -109,7 +90,7 @@ def draw_figure2(lines, title, path):
     """Rows: routings; columns: moments.  Grey: % of votes, blue: their mean length.   [Fig. 2]"""
     lines = {name: found[0]["moments"] for name, found in lines.items()}
     figure, axes = canvas(len(lines), max(map(len, lines.values())), height=2.6)
-    figure.suptitle(legible(title), fontsize=10)
+    figure.suptitle(shortened(title, 120), fontsize=10)
     top = 1.05 * max(max(moment["percent"]) for moments in lines.values() for moment in moments)
     for row, (name, moments) in zip(axes, lines.items(), strict=True):
         for axis, moment in zip(row, moments, strict=False):
@@ -133,7 +114,7 @@ def draw_figure2(lines, title, path):
 def draw_figure4(lines, title, path):
     """Training loss without and with divergence; a panel a network, as losses differ.   [Fig. 4]"""
     figure, axes = canvas(1, 2)
-    figure.suptitle(legible(title), fontsize=10)
+    figure.suptitle(shortened(title, 120), fontsize=10)
     for name, found in lines.items():
         axis = axes[0, int(name.startswith("ResNet"))]
         loss = torch.tensor([r["curves"]["loss"] for r in found]).mean(0).tolist()
@@ -165,12 +146,6 @@ def draw_series(axis, series, bars=interval, **labels):
     axis.grid(alpha=0.3)
 
 
-def plain_ticks(axis, values):
-    """Ticks of a logarithmic x axis at what was measured, as plain numbers."""
-    axis.set_xticks(values, map(str, values))
-    axis.set_xticks([], minor=True)
-
-
 def draw_few(parts, path):
     """Paired difference to the row without feedback, seed by seed, against the number of images.
 
@@ -188,12 +163,13 @@ def draw_few(parts, path):
         raise Problem("the row 'no feedback' and another with its seeds and images are missing: "
                       "python train.py --table few --seeds 3", 1)
     gains = {row: points for row, points in gains.items() if len(points) > 1} or gains
-    figure, axes = canvas(1, 1, width=7, height=3.6)
-    draw_series(axes[0, 0], gains, title=legible(data), xscale="log", xlabel="training images",
+    figure, ((axis,),) = canvas(1, 1, width=7, height=3.6)
+    draw_series(axis, gains, title=shortened(data, 60), xscale="log", xlabel="training images",
                 ylabel="error, less that without feedback\n(points of %, mean and 95 % interval)")
-    plain_ticks(axes[0, 0], [int(images) for images in base])
-    axes[0, 0].axhline(0, color="0.5", lw=0.8)
-    axes[0, 0].legend(fontsize=8)
+    axis.set_xticks(list(map(int, base)), list(base))
+    axis.set_xticks([], minor=True)
+    axis.axhline(0, color="0.5", lw=0.8)
+    axis.legend(fontsize=8)
     save_figure(figure, path)
 
 
@@ -212,25 +188,10 @@ def draw_routing(parts, path):
         for iterations, cells in rows.items():
             for column, errors in cells.items():
                 series.setdefault(column, {})[int(iterations)] = list(errors.values())
-        draw_series(axis, series, title=legible(data), xlabel="routing iterations",
+        draw_series(axis, series, title=shortened(data, 60), xlabel="routing iterations",
                     ylabel="error (%), mean and 95 % interval", xticks=(1, 2, 3, 5))
     top = max(axis.get_ylim()[1] for axis in axes[0])
     for axis in axes[0]:
         axis.set_ylim(0, top)
     axes[0, 0].legend(fontsize=8)
-    save_figure(figure, path)
-
-
-def draw_scaling(lines, path):
-    """A column an axis, time above memory, both logarithmic.   lines: of bench_scaling"""
-    sweeps = list(dict.fromkeys(line["against"] for line in lines))
-    figure, axes = canvas(2, len(sweeps), 2.9 * len(sweeps), 2.8)
-    for row, unit in zip(axes, ("seconds", "MB"), strict=True):
-        for axis, against in zip(row, sweeps, strict=True):
-            found = [line for line in lines if (line["what"], line["against"]) == (unit, against)]
-            draw_series(axis, {f"{line['of']}  n^{line['exponent']:.2f}": {
-                n: [y] for n, y in zip(line["values"], line["measured"], strict=True)}
-                for line in found}, xscale="log", yscale="log", xlabel=against, ylabel=unit)
-            plain_ticks(axis, sorted({n for line in found for n in line["values"]}))
-            axis.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))   # above the lines
     save_figure(figure, path)

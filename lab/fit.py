@@ -15,11 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import encapnet
-from lab import checkpoint
+from lab import checkpoint, measure
 from lab.config import PEERS, Config, tested_on, with_epochs
 from lab.data import Data, augmented, check_images, load_data, normalised, shuffle
 from lab.figures import draw_run
-from lab.measure import agreement, at_chance, call, evaluate, first, sample, told_apart, unbalanced
 from lab.results import environment, record
 from lab.runtime import Problem, count, rank, say, start, world, write_file
 
@@ -150,7 +149,7 @@ def train_step(run, images, labels, draws, tick=lambda part: None):
     config = run.config
     x = normalised(augmented(images, draws, run.data.side, config.augment, config.flip), run.data)
     tick("data")
-    scores, feedback = call(run.model, config, x)
+    scores, feedback = measure.forward(run.model, config, x)
     loss = classification_loss(config, scores, labels, run.progress)
     tick("forward")
     run.optimizer.zero_grad(set_to_none=True)
@@ -258,8 +257,8 @@ def look_at_routing(run):
     """Record the agreement of votes before training, after 10 %, 40 % and all of it.   [Fig. 2]"""
     moments = {math.ceil(part * run.config.epochs) for part in (0, 0.1, 0.4, 1)}
     if hasattr(run.net, "routed") and run.epoch in moments:
-        images, labels = first(run, 64)
-        found = agreement(run.net, normalised(images, run.data), labels)
+        images, labels = measure.first_images(run, 64)
+        found = measure.agreement(run.net, normalised(images, run.data), labels)
         run.moments.append({"epoch": run.epoch, **found})
 
 
@@ -268,7 +267,7 @@ def finish_epoch(run, since, images):
     checkpoint.average_totals(run)
     n, *sums = run.totals.tolist()
     loss, feedback, wrong, norm, clipped = (total / n for total in sums)
-    test = evaluate(run)
+    test = measure.evaluate(run)
     lr = run.optimizer.param_groups[0]["lr"]
     run.seconds += time.monotonic() - since
     run.epoch, run.step = run.epoch + 1, 0
@@ -276,7 +275,7 @@ def finish_epoch(run, since, images):
     entry = {"epoch": run.epoch, "lr": lr, "loss": loss, "feedback": feedback,
              "gradient_norm": norm, "clipped_percent": 100 * clipped,
              "train_error": 100 * wrong, "test_error": test["error"],
-             "test_top5_error": test["top5_error"], "told_apart": told_apart(run),
+             "test_top5_error": test["top5_error"], "told_apart": measure.told_apart(run),
              "time": {"seconds": run.seconds, "images_per_second": images}}
     run.history.append(entry)
     look_at_routing(run)
@@ -295,13 +294,13 @@ def finish(run):
     """The result of a finished run, recorded in its folder and in runs/results.jsonl."""
     config, last = run.config, (run.history or [{}])[-1]
     multi_crop = config.augment != "none"
-    test = evaluate(run, multi_crop)
+    test = measure.evaluate(run, multi_crop)
     best = min(run.history, key=lambda e: e["test_error"], default={})
     result = {
         "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
         "epochs": config.epochs, **test, "multi_crop": multi_crop,
-        "outcome": "at chance" if at_chance(run, test["error"]) else "ok",
-        "unbalanced": unbalanced(run.data.train.labels),
+        "outcome": "at chance" if measure.at_chance(run, test["error"]) else "ok",
+        "unbalanced": measure.unbalanced(run.data.train.labels),
         **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
         "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
         "parameters": sum(p.numel() for p in run.net.parameters()),
@@ -313,7 +312,9 @@ def finish(run):
         "moments": run.moments, "date": time.strftime("%Y-%m-%d %H:%M"),
     }
     if rank() == 0:
-        draw_run(run.history, *sample(run, 24), run.data.classes, run.folder / "curves.png")
+        title = f"{config.model} on {run.data.name}, seed {config.seed}"
+        draw_run(title, measure.chance_error(run), run.history, *measure.answered_images(run, 24),
+                 run.data.classes, run.folder / "curves.png")
         write_file(run.folder / "result.json", json.dumps(result, indent=1).encode())
         record(result)
     return result

@@ -2,6 +2,7 @@
 
 Timings prove nothing on a busy machine: the ratios are asserted on request only.
 """
+import itertools
 import json
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import encapnet
-from lab import bench, figures
+from lab import bench
 from lab.config import make_config
 
 CPU = torch.device("cpu")
@@ -50,19 +51,78 @@ def test_peak_memory_is_that_of_this_call_beside_what_lives():
     assert len(last) == 3_000_000 and found == pytest.approx(40e6, rel=1e-3)
 
 
-def test_a_time_is_that_of_a_call_the_first_aside():
+@pytest.mark.parametrize("budget, calls", [(1e-6, 2), (0.1, 5)])
+def test_a_time_is_that_of_a_call_the_first_aside(budget, calls):
     waits = []
     def step():
         waits.append(0.5 if not waits else 0.02)
         time.sleep(waits[-1])
-    assert 0.02 <= bench.timed(step, budget=1e-6)[0] < 0.05 and len(waits) == 2
-    assert 0.02 <= bench.timed(step, budget=0.1)[0] < 0.05 and len(waits) > 5
+    assert 0.02 <= bench.median_seconds(step, budget) < 0.05 and len(waits) >= calls
 
 
-def test_steps_are_timed_in_turn():
-    calls = []
-    bench.timed(lambda: calls.append("a"), lambda: calls.append("b"), budget=1e-6)
-    assert calls == ["a", "b"] * (len(calls) // 2) and len(calls) >= 4
+def test_a_comparison_is_seconds_and_megabytes_of_each_and_their_ratio(monkeypatch, tmp_path,
+                                                                      capsys):
+    """Of measurements made up: ours 4 ms and 2 MB, the other 12 ms and 50 MB."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "median_seconds", lambda step: step()[0])
+    monkeypatch.setattr(bench, "peak_memory", lambda step, device: ("result", step()[1]))
+    bench.compare("something", {"ours": lambda: (0.004, 2e6), "theirs": lambda: (0.012, 50e6),
+                                "too large": None}, CPU)
+    first, last = speed_lines()
+    names = ("what", "instead", "ours_seconds", "seconds", "ours_MB", "MB")
+    assert [first[name] for name in names] == ["something", "theirs", 0.004, 0.012, 2, 50]
+    assert [last[name] for name in names] == ["something", "too large", 0.004, None, 2, None]
+    assert first["device"].startswith("CPU, ") and first["command"] and first["torch"]
+    out = capsys.readouterr().out.splitlines()
+    assert [word in out[0] for word in ("4.0 ms", "12.0 ms", "ratio 3.00")] == [True] * 3
+    assert "4.0 ms" in out[1] and "ratio" not in out[1]
+
+
+def test_a_bench_line_is_of_one_step_and_in_the_units_it_names(monkeypatch, tmp_path, capsys):
+    """A step of a quarter of a second for 6 images, 3 MB; parts in seconds."""
+    monkeypatch.chdir(tmp_path)
+    parts = {"data_seconds": 0.01, "forward_seconds": 0.06, "backward_seconds": 0.15,
+             "optimizer_seconds": 0.02}
+    monkeypatch.setattr(bench, "median_seconds", lambda step, budget: 0.25)
+    monkeypatch.setattr(bench, "seconds_of_parts", lambda step, budget: parts)
+    monkeypatch.setattr(bench, "peak_memory", lambda function, device: (function(), 3e6))
+    updates = []
+    monkeypatch.setattr(bench, "train_step", lambda run, images, *_: updates.append(images.shape))
+    bench.bench_step(make_config(dataset="mnist", model="cnn-same", set={"width": 0.1},
+                                 batch_size=6, device="cpu"))
+    line, = (line["bench"] for line in results())
+    assert updates == 2 * [(6, 3, 32, 32)]                # Adam has its moments after the first
+    assert {name: line.pop(name) for name in parts} == parts
+    assert line.pop("device").startswith("CPU, ")
+    net = encapnet.build("cnn-same", width=0.1)
+    assert line == {"model": "cnn-same", "set": {"width": 0.1}, "image_size": 32, "amp": False,
+                    "compile": False, "channels_last": False, "batch": 6, "memory_MB": 3,
+                    "parameters": sum(p.numel() for p in net.parameters()),
+                    "train_step_seconds": 0.25, "images_per_second": 24,
+                    "step_seconds": pytest.approx(0.21)}
+    out = capsys.readouterr().out
+    assert [word in out for word in ("24.0 images/s", "250.0 ms", "data 10.0", "forward 60.0",
+                                     "backward 150.0", "optimizer 20.0", " 3 MB")] == [True] * 7
+
+
+def test_parts_of_a_step_are_timed_from_the_part_before(monkeypatch):
+    """By a clock that the step moves: medians of three steps, what lies between them left out."""
+    clock = [0.0]
+    monkeypatch.setattr(torch.utils.benchmark, "timer", lambda: clock[0])
+
+    def median_seconds(call, budget):
+        for _ in range(3):
+            call()
+            clock[0] += 1000
+    monkeypatch.setattr(bench, "median_seconds", median_seconds)
+    rounds = iter([(1, 10, 100), (2, 30, 700), (9, 20, 200)])
+
+    def step(tick):
+        for part, seconds in zip(("data", "forward", "backward"), next(rounds), strict=True):
+            clock[0] += seconds
+            tick(part)
+    assert bench.seconds_of_parts(step, 1.0) == {
+        "data_seconds": 2, "forward_seconds": 20, "backward_seconds": 200}
 
 
 @pytest.fixture
@@ -100,29 +160,30 @@ def test_forms_of_the_network_are_what_they_are_called(counted, monkeypatch):
         found[form] = len(seen), any(net is other for other in compiled), grouped
         assert net.types == 2 and len(net.blocks) == 2 and len(step.args[1]) == 2
     assert found == {"without feedback": (0, False, True), "--compile": (0, True, True),
-                     "a type a group": (0, False, False), "1 unit a module": (2, False, True),
-                     "2 units a module": (4, False, True)}
+                     "grouped by torch": (0, False, False), "1 unit per module": (2, False, True),
+                     "2 units per module": (4, False, True)}
 
 
 def test_every_peer_of_the_divergence_is_called(at_once, monkeypatch):
+    """Once to be timed, once to be weighed, on two batches of the shape that the line names."""
     shapes = {}
     def noting(name):
-        return lambda x, y: shapes.setdefault(name, []).append(x.shape) or (x * y).sum((-1, -2))
-    monkeypatch.setattr(bench, "OURS", noting("ours"))
-    monkeypatch.setattr(bench, "divergences", lambda: {"ours": bench.OURS, "peer": noting("peer")})
-    bench.bench_sinkhorn(CPU, 8, 4, 3)
-    assert set(shapes["peer"]) == {(8, 4)} and set(shapes["ours"]) == {(8, 4), (3, 8, 4)}
-    one, units = (shapes["ours"].count(shape) for shape in ((8, 4), (3, 8, 4)))
-    assert one == len(shapes["peer"]) + 3 * units         # a loop over the units, beside ours
+        return lambda x, y: shapes.setdefault(name, []).extend((x.shape, y.shape)) or (x * y).sum()
+    names = ["ours", "a peer", "another"]
+    monkeypatch.setattr(bench, "divergences", lambda: {name: noting(name) for name in names})
+    bench.bench_sinkhorn(CPU, 8, 4)
+    assert shapes == {name: 4 * [(8, 4)] for name in names}
+    assert [(line["what"], line["instead"]) for line in speed_lines()] == [
+        ("divergence of two 8x4 batches", name) for name in names[1:]]
 
 
 @pytest.fixture
 def at_once(monkeypatch, tmp_path):
-    """One call a measurement, into an empty folder; the k-th step takes 100 k seconds."""
+    """One call per measurement, into an empty folder; the k-th takes 100 k seconds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", lambda net: net)
-    monkeypatch.setattr(bench, "timed", lambda *steps, **_: [
-        (step(), 100.0 * k)[1] for k, step in enumerate(steps, 1)])
+    seconds = itertools.count(100, 100)
+    monkeypatch.setattr(bench, "median_seconds", lambda step: (step(), next(seconds))[1])
 
 
 def results():
@@ -133,15 +194,14 @@ def speed_lines():
     return [line["speed"] for line in results()]
 
 
-def test_routing_in_miniature(at_once, capsys):
-    """Every batch of every form beside its peer's, where there is one."""
-    bench.bench_routing(CPU, [("layer", "em", TINY, "votes", {1: True, 4: False})])
-    first, last = speed_lines()
-    assert [line["what"] for line in (first, last)] == ["layer, batch 1", "layer, batch 4"]
-    assert [first[name] for name in ("instead", "ours_seconds", "seconds")] == ["votes", 100, 200]
-    assert "100,000.0 ms; votes: 200,000.0 ms, ratio 2.00" in capsys.readouterr().out
-    assert first["MB"] > 4 * 32 * 16 * 16 / 1e6 and first["MB"] != first["ours_MB"]
-    assert last["ours_seconds"] and last["seconds"] is last["MB"] is None
+def test_routing_in_miniature(at_once):
+    """Every batch of every form beside its peer's; of 128 images there are no votes."""
+    bench.bench_routing(CPU, [("layer", "em", {**TINY, "positions": 1}, "votes", (1, 127, 128))])
+    lines = speed_lines()
+    assert [line["what"] for line in lines] == [f"layer, batch {n}" for n in (1, 127, 128)]
+    assert [line["ours_seconds"] for line in lines] == [100, 300, 500]
+    assert [line["seconds"] for line in lines] == [200, 400, None]
+    assert lines[1]["MB"] > 127 * 2 * 16 * 16 * 4 / 1e6 and lines[2]["MB"] is None
 
 
 def test_the_layer_of_the_bench_of_routing_is_table_1s():
@@ -152,56 +212,21 @@ def test_the_layer_of_the_bench_of_routing_is_table_1s():
     assert types * positions == others[1] == 2048
 
 
-def test_sinkhorn_in_miniature(at_once):
-    bench.bench_sinkhorn(CPU, 8, 4, 2)
-    assert speed_lines()[0]["instead"] == "ot.sinkhorn"
-
-
-def test_network_in_miniature(at_once, monkeypatch):
-    network_steps = bench.network_steps
-    monkeypatch.setattr(bench, "network_steps", lambda device, types, batch: network_steps(
-        device, batch=2, **{**SMALL, "types": types // 4}))
+def test_the_bench_of_the_network_names_what_it_changes(at_once, monkeypatch):
+    """Of 8 and of 32 types, 64 images: each form beside the one without feedback."""
+    built = []
+    monkeypatch.setattr(bench, "network_step", lambda device, **asked: lambda: built.append(asked))
     bench.bench_network(CPU)
-    assert [(line["what"].split(",")[1], line["instead"]) for line in speed_lines()] == [
-        (f" {types} types", instead) for types in (8, 32) for instead in (
-            "--compile", "a type a group", "1 unit a module", "2 units a module")]
-
-
-def test_growth_is_of_the_curve_and_axis_that_it_says(monkeypatch, tmp_path):
-    """Seconds that are the number of samples and bytes that are its square."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "divergence_step", lambda function, n, dim, device: n)
-    monkeypatch.setattr(bench, "costs", lambda steps, device: [(n, n ** 2) for n in steps])
-    drawn, save = [], figures.save_figure
-    monkeypatch.setattr(figures, "save_figure", lambda *args: drawn.append(args[0]) or save(*args))
-    sweeps = [sweep for sweep in bench.SWEEPS if sweep[1] == "samples"]
-    bench.bench_scaling(CPU, sweeps)
-    lines = [line["scaling"] for line in results()]
-    assert [(line["of"], line["what"], line["against"]) for line in lines] == [
-        ("Sinkhorn", unit, "samples of a divergence") for unit in ("seconds", "MB")]
-    assert [line["exponent"] for line in lines] == pytest.approx([1, 2])
-    assert lines[1]["measured"] == [n ** 2 for n in lines[1]["values"]]
-    assert Path("runs/scaling.png").stat().st_size > 10_000
-    for axis, line in zip(drawn[0].axes, lines, strict=True):          # seconds above MB
-        ticks = [tick.get_text() for tick in axis.get_xticklabels()]
-        assert ticks == [str(n) for n in line["values"]] and axis.get_ylabel() == line["what"]
-        assert axis.containers[0][0].get_ydata().tolist() == line["measured"]
-
-
-def test_every_case_of_growth_is_what_its_axis_says(monkeypatch):
-    """Built, not run: the layer's batch, capsules and iterations, the network's batch and side."""
-    layers, images = [], []
-    monkeypatch.setattr(bench, "training_step", lambda config, device: (images.append(
-        (config.model, config.batch_size, config.image_size)), None))
-    monkeypatch.setattr(bench, "routing_step", lambda routing, form, batch, shape, device: (
-        layers.append((routing, form, batch, shape["types"] * shape["positions"], shape["out"],
-                       shape["iterations"]))))
-    for _, keyword, values, curves in bench.SWEEPS:
-        for name in curves:
-            bench.CURVES[name](CPU, **{keyword: values[-1]})
-    assert layers == [(routing, "factored", *sizes) for sizes in (
-        (32, 512, 512, 3), (4, 1024, 1024, 3), (4, 512, 512, 8)) for routing in ("dynamic", "em")]
-    assert images == [("encapnet-small", 32, 32), ("encapnet-small", 8, 128)]
+    lines = speed_lines()
+    changes = {"--compile": dict(feedback=0, compile=True),
+               "grouped by torch": dict(feedback=0, grouped=False),
+               "1 unit per module": dict(feedback=1), "2 units per module": dict(feedback=2)}
+    assert [(line["what"], line["instead"]) for line in lines] == [
+        (f"encapnet, {types} types, batch 64", form) for types in (8, 32) for form in changes]
+    expected = [{"types": types, "batch": 64, **asked} for types in (8, 32)
+                for asked in (dict(feedback=0), *changes.values())]
+    assert built[::2] == built[1::2] == expected          # to be timed, to be weighed
+    assert [line["ours_seconds"] for line in lines] == 4 * [100] + 4 * [600]
 
 
 def test_bench_from_the_command_line(monkeypatch):
@@ -228,14 +253,18 @@ ROUTING = [("dynamic", 1, 4, 5), ("dynamic", 4, 10, 25), ("em", 1, 2, 12), ("em"
 
 def routing_costs(routing, forms, batch, shape):
     steps = [bench.routing_step(routing, form, batch, shape, CPU) for form in forms]
-    return bench.costs(steps, CPU)
+    return [(bench.median_seconds(step), bench.peak_memory(step, CPU)[1] / 1e6) for step in steps]
 
 
-def test_costs_are_found_for_a_keyword_that_is_a_tuple():
-    config = make_config(dataset="cifar10", set={"depths": (1, 1, 1, 1)})
-    line = {"model": "encapnet", "set": {"depths": [1, 1, 1, 1]}, "image_size": config.image_size,
-            "amp": False, "compile": False, "channels_last": False, "batch": 8}
-    assert bench.costs_of(config, [line, {**line, "set": {}}, {"model": "encapnet"}]) == [line]
+def test_costs_of_a_network_are_those_of_its_settings_with_any_batch_and_device():
+    config = make_config(dataset="cifar10", set={"depths": (1, 1, 1, 1)}, batch_size=64)
+    line = {"model": "encapnet", "set": {"depths": [1, 1, 1, 1]}, "image_size": 32, "amp": False,
+            "compile": False, "channels_last": False, "batch": 8, "device": "a card"}
+    others = [{**line, **change} for change in (
+        {"set": {}}, {"model": "resnet18"}, {"image_size": 16}, {"amp": True}, {"compile": True},
+        {"channels_last": True})]
+    same = [line, {**line, "batch": 64}]
+    assert bench.costs_of(config, [*same, *others, {"model": "encapnet"}]) == same
 
 
 @pytest.mark.speed
@@ -264,18 +293,18 @@ def test_speed_of_digitcaps(batch, faster):
 def test_speed_of_the_divergence(name, faster):
     if name not in bench.divergences():
         pytest.skip("geomloss is not installed")
-    ours, theirs = bench.timed(*(bench.divergence_step(function, 128, 16, device=CPU)
-                                 for function in (bench.OURS, bench.divergences()[name])))
+    ours, theirs = (bench.median_seconds(bench.divergence_step(function, 128, 16, CPU))
+                    for function in (bench.OURS, bench.divergences()[name]))
     assert theirs > faster * ours
 
 
 @pytest.mark.speed
 @pytest.mark.parametrize("types, faster, compiled", [(8, 1.35, 1.6), (32, 1.15, 1.2)])
 def test_speed_of_encapnet(types, faster, compiled):
-    """Over a type a group; and over eager steps --compile gains at 8 types alone."""
+    """Over grouped by torch; and over eager steps --compile gains at 8 types alone."""
     steps = bench.network_steps(CPU, types=types, batch=64)
-    seconds = dict(zip(steps, bench.timed(*steps.values()), strict=True))
-    ours, plain = seconds["without feedback"], seconds["a type a group"]
+    seconds = {form: bench.median_seconds(step) for form, step in steps.items()}
+    ours, plain = seconds["without feedback"], seconds["grouped by torch"]
     assert plain > faster * ours and plain > compiled * seconds["--compile"]
     assert types == 32 or ours > 1.15 * seconds["--compile"]
-    assert seconds["1 unit a module"] < 1.25 * ours
+    assert seconds["1 unit per module"] < 1.25 * ours

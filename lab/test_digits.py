@@ -52,6 +52,23 @@ def test_digits_shapes_ranges_balance(split):
     assert [len(part) for part in draw_digits(0, split)] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("split, twelve, pose, colour, mean, sd", [
+    (True, [7, 9, 0, 1, 6, 2, 3, 4, 9, 9, 2, 8],
+     [1.9381, -0.8675, -16.812, -0.2099, 0.1326], [118.25, 85.6, 82.85], 130.012, 71.983),
+    (False, [7, 9, 9, 2, 2, 1, 8, 8, 1, 9, 5, 8],
+     [-2.8781, 0.0479, -0.268, -0.255, -0.0586], [15.99, 19.97, 32.74], 122.933, 73.244)])
+def test_digits_are_those_that_results_are_of(split, twelve, pose, colour, mean, sd):
+    """Where this fails, every result on digits is of other images and must be run anew.
+
+    No hash of the pixels: another processor or matplotlib may round a few the other way.
+    """
+    images, labels, poses = draw_digits(200, split)
+    assert labels[:12].tolist() == twelve and poses[7].tolist() == pytest.approx(pose, abs=1e-3)
+    assert images[7].float().mean((1, 2)).tolist() == pytest.approx(colour, abs=0.2)
+    assert images.float().mean().item() == pytest.approx(mean, abs=0.02)
+    assert images.float().std().item() == pytest.approx(sd, abs=0.02)
+
+
 def test_digits_depend_on_seed_split_and_index_alone(sheet):
     for a, b in zip(sheet, draw_digits(130, True, 0), strict=True):
         assert torch.equal(a[:130], b)

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,13 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import encapnet
 import lab
 import train
 from conftest import HERE, state_of
-from lab import digits, explore, figures, fit, why
-from lab.measure import spread
+from lab import digits, explore, figures, fit, measure, why
 from lab.runtime import Problem
 
 SMALL = "encapnet-small --set types=2 --set dims=(1,1,2,2) --set feedback=2"
@@ -113,7 +112,7 @@ def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated
     for module in net.blocks:
         w, v = module(u)
         pairs, u = [*pairs, (u, v), (w, v)], v
-    assert len(pairs) == len(net.units) == len(numbers["all channels"]) == 6
+    assert len(pairs) == len(net.units) == 6
 
     def lengths(image):
         return np.linalg.norm(image.reshape(len(image), 2, -1, *image.shape[2:]), axis=2).mean(1)
@@ -122,14 +121,14 @@ def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated
         return np.mean([np.corrcoef(x.ravel(), y.ravel())[0, 1] for x, y in zip(a, b, strict=True)])
     for k, (unit, (low, high)) in enumerate(zip(net.units, pairs, strict=True)):
         real, made = (z.double().numpy() for z in (low, unit.generate(high, low.shape[-2:])))
-        expected = {"all channels": correlation(real, made),
-                    "capsule lengths": correlation(lengths(real), lengths(made)),
-                    "lengths, other image": correlation(lengths(real),
-                                                        np.roll(lengths(made), 1, 0))}
+        expected = {"correlation, all channels": correlation(real, made),
+                    "correlation, capsule lengths": correlation(lengths(real), lengths(made)),
+                    "the same, another image": correlation(lengths(real),
+                                                           np.roll(lengths(made), 1, 0))}
         z = unit.extract(low).double().numpy()
         z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
         alive = np.square(z).sum(1).mean()
-        expected["told apart"] = 1 - np.square(z.mean(0)).sum() / alive if alive else 0
+        expected["share told apart"] = 1 - np.square(z.mean(0)).sum() / alive if alive else 0
         found = {name: values[f"unit {k + 1}"] for name, values in numbers.items()}
         assert found == pytest.approx(expected, abs=2e-3)
 
@@ -137,7 +136,7 @@ def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated
 def test_the_pose_panel_tells_what_the_features_tell(runs, monkeypatch):
     """Features that are some of the poses: those are told wholly, others not."""
     poses = digits.draw_digits(600, train=False)[2].double()
-    monkeypatch.setattr(explore, "features", lambda run, x, labels: torch.cat(
+    monkeypatch.setattr(measure, "true_capsules", lambda run, x, labels: torch.cat(
         [poses[:, [0, 2]], torch.randn(600, 14).double()], 1))
     figure = Figure(layout="constrained")
     told = explore.draw_pose(explore.load(runs["encapnet"]), figure, 600)
@@ -154,7 +153,7 @@ def test_the_pose_panel_tells_what_the_features_tell(runs, monkeypatch):
 @pytest.mark.parametrize("n", [7, 40, 100])
 def test_images_looked_at_are_test_images_spread_over_all_of_them(n, runs):
     run = explore.load(runs["encapnet"])
-    images, labels = spread(run, n)
+    images, labels = measure.spread_images(run, n)
     assert len(images) == len(labels) == min(n, 40)
     place = [next(k for k, image in enumerate(run.data.test.images) if torch.equal(x, image / 255))
              for x in images]
@@ -163,28 +162,28 @@ def test_images_looked_at_are_test_images_spread_over_all_of_them(n, runs):
     assert (place[0], place[-1]) == (0, 39) and max(steps) - min(steps) <= 1 <= min(steps)
 
 
-def test_match_known_answers():
+def test_correlation_known_answers():
     a = torch.randn(5, 2, 8, 8)
-    assert explore.match(a, 3 * a + 2) == pytest.approx(1)
-    assert explore.match(a, -a) == pytest.approx(-1)
-    assert abs(explore.match(a, a.roll(1, 0))) < 0.3
+    assert measure.correlation(a, 3 * a + 2) == pytest.approx(1)
+    assert measure.correlation(a, -a) == pytest.approx(-1)
+    assert abs(measure.correlation(a, a.roll(1, 0))) < 0.3
 
 
-def test_the_capsule_looked_at_is_the_right_class_s(runs):
+def test_the_capsule_looked_at_is_the_true_class_s(runs):
     for name in ("encapnet", "em"):
         run = explore.load(runs[name])
-        x, labels = spread(run, 40)
-        v = explore.features(run, x, labels).float()
+        x, labels = measure.spread_images(run, 40)
+        v = measure.true_capsules(run, x, labels).float()
         v = encapnet.squash(v) if name == "em" else v                  # a pose is not squashed
-        torch.testing.assert_close(v.norm(dim=1), explore.scores(run, x)[range(40), labels])
+        torch.testing.assert_close(v.norm(dim=1), measure.class_scores(run, x)[range(40), labels])
 
 
-def test_r_squared_known_answers():
+def test_explained_variance_known_answers():
     z = torch.randn(4000, 5, dtype=torch.double)
     z[:, 4] = 0                                                        # a dimension never used
     labels = torch.arange(4000) % 2
     plain, square = z[:, 0] - 2 * z[:, 1] + 7 * labels, z[:, 0] ** 2
-    together, alone = explore.r_squared(z, torch.stack([plain, square], 1), labels)
+    together, alone = measure.explained_variance(z, torch.stack([plain, square], 1), labels)
     assert together[0] > 1 - 1e-9 and together[1] < 0.02
     assert alone[0, 1].item() == pytest.approx(0.8, abs=0.05) and alone[:, 4].eq(0).all()
 
@@ -216,141 +215,193 @@ def test_changes_are_the_ones_named():
     assert change("noise", 0.1).sub(x).abs().mean() == pytest.approx(0.08, abs=0.03)
 
 
-def run_of(function):
-    """A run whose network is a function of the image, and which notes what it is shown."""
-    seen = []
+# ---- Attacks -------------------------------------------------------------------------------------
 
+def run_of(function, logits, images, labels):
+    """A run whose network is a function of the image, on images (n, C, H, W) in [0, 1]."""
     class Net(torch.nn.Module):
-        logits = True
+        def __init__(self):
+            super().__init__()
+            self.logits, self.weight = logits, torch.nn.Parameter(torch.zeros(()))
 
         def forward(self, x):
-            seen.append(x.detach())
+            assert not self.training
             return function(x.flatten(1)), torch.zeros(())
-    as_it_is = SimpleNamespace(mean=torch.zeros(1), std=torch.ones(1))
+
+    class Held:
+        def __len__(self):
+            return len(images)
+
+        def batches(self, chunks, device):
+            return ((images[chunk], labels[chunk], chunk) for chunk in chunks)
+    data = SimpleNamespace(mean=torch.zeros(1), std=torch.ones(1), side=images.shape[-1],
+                           classes=["a", "b"], test=Held())
     plain = SimpleNamespace(channels_last=False, amp=False)
-    return SimpleNamespace(net=Net(), config=plain, data=as_it_is, seen=seen)
+    return SimpleNamespace(net=Net().eval(), config=plain, data=data, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("steps, restarts", [(1, 1), (10, 2)])
-def test_attacks_on_a_linear_network_are_exact(steps, restarts):
-    """The margin of linear scores can move by eps |w|_1 and no further; a wrong image is fooled."""
-    x, eps = 0.4 + 0.2 * torch.rand(200, 3, 2, 2), 0.02
-    weight = torch.randn(12, 2)
-    weight -= weight.mean(0)                                           # both classes occur
-    run = run_of(lambda x: x @ weight)
-    scores = explore.scores(run, x)
-    labels = scores.argmax(1)
-    labels[:20] = 1 - labels[:20]
-    lead = scores.gather(1, labels[:, None])[:, 0] - scores.gather(1, 1 - labels[:, None])[:, 0]
-    reach = eps * (weight[:, 0] - weight[:, 1]).abs().sum()
-    run.seen.clear()
-    found = explore.attack(run, x, labels, explore.margin, eps, steps, restarts, torch.Generator())
-    clear = (lead - reach).abs() > 1e-4
-    assert torch.equal(found[clear], (lead < reach)[clear])
-    assert found[:20].all() and found[20:].any() and not found.all()
-    assert all((look - x).abs().max() <= eps + 1e-6 for look in run.seen)
+needs_attacks = pytest.mark.skipif(not explore.importlib.util.find_spec("torchattacks"),
+                                   reason="torchattacks is not installed")
 
 
-def test_an_image_that_is_wrong_on_the_way_is_fooled(monkeypatch):
-    """Scores of one number that err between 0.52 and 0.54 only: the ascent goes past it."""
-    run = run_of(lambda z: torch.cat([z, 1 - z + 2 * ((z > 0.52) & (z < 0.54))], 1))
-    monkeypatch.setattr(explore, "slope", lambda run, x, labels, objective: torch.ones_like(x))
-    x = torch.full((1, 1, 1, 1), 0.51)
-    arguments = (run, x, torch.zeros(1).long(), explore.margin)
-    assert not explore.attack(*arguments, 0.1, 1, 1, torch.Generator()).any()      # steps over
-    monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.full(shape, 0.5))
-    assert explore.attack(*arguments, 0.1, 10, 1, torch.Generator()).all()
-    x.fill_(0.53)                                                      # wrong, but not later
-    assert explore.attack(*arguments, 0.1, 1, 1, torch.Generator()).all()
+@needs_attacks
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_network_of_known_margin_breaks_at_its_known_eps_and_not_below(logits, monkeypatch):
+    """Linear logits, or lengths that are their sigmoid: within eps the margin moves by eps |w|_1.
+
+    Ten images with a margin of 6.5/255, ten of 20/255, five that are wrong from the start.
+    """
+    monkeypatch.setattr(measure, "views", lambda x, *_: iter([x]))
+    w = torch.tensor([3., -1, 2, -4, 1, 1, 5, -2, 1, -3, 1, 2])
+    x = (0.45 + 0.1 * torch.rand(25, 3, 2, 2)).double()
+    eps = torch.tensor([6.5] * 10 + [20] * 10 + [-5] * 5).double() / 255
+    lead = x.flatten(1) @ w.double()
+    labels = torch.arange(25) % 2                                      # 0: the lead is to be > 0
+    sign = 1 - 2 * labels
+    x += ((sign * eps * w.abs().sum() - lead) / w.square().sum())[:, None, None, None] * \
+        w.view(3, 2, 2)
+    assert 20.1 / 255 < x.min() and x.max() < 1 - 20.1 / 255           # no border is met
+
+    def function(z):
+        score = 20 * z @ w / w.abs().sum()
+        z = torch.stack([score / 2, -score / 2], 1)
+        return z if logits else z.sigmoid()
+    run = run_of(function, logits, x.float(), labels)
+    found = explore.errors_of(run, 25, [4, 8, 16, 19.9, 20.1])
+    assert found["clean"] == {"0": 20}
+    for attack in ("FGSM", "PGD", "APGD"):
+        assert found[attack] == {"4": 20, "8": 60, "16": 60, "19.9": 60, "20.1": 100}, attack
 
 
-def test_unsquashed_undoes_squash_where_its_gradient_vanishes():
+@needs_attacks
+def test_attacks_stay_within_eps_and_within_the_pixels_range():
+    x = torch.rand(20, 1, 3, 3).round(decimals=1)                      # some at the border
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 4)).eval()
+    labels = net(x).argmax(1)
+    tools = explore.attacks(net, 0.1, 4)
+    assert list(map(len, tools.values())) == [1, 1, 2]
+    assert len(explore.attacks(net, 0.1, 2)["APGD"]) == 1              # no third class to divide by
+    for name, attack in ((name, attack) for name, attacks in tools.items() for attack in attacks):
+        seen = attack(x, labels)
+        assert 0 <= seen.min() and seen.max() <= 1 and (seen - x).abs().max() <= 0.1 + 1e-6, name
+        assert (seen - x).abs().max() > 0.09
+
+
+def test_logits_of_lengths_undo_squash_where_its_gradient_vanishes():
     s = (torch.tensor([1e-2, 1., 50.])[:, None] * torch.tensor([.6, .8])).requires_grad_()
     length = encapnet.squash(s).norm(dim=1)
-    opened = explore.unsquashed(length)
+    run = run_of(lambda x: length[None], False, torch.zeros(1, 1, 1, 1), torch.zeros(1).long())
+    opened = explore.Attacked(run)(torch.zeros(1, 1, 1, 1))[0]
     torch.testing.assert_close(opened, 2 * s.norm(dim=1).log(), atol=1e-3, rtol=1e-3)
     flat, = torch.autograd.grad(length.sum(), s, retain_graph=True)
     steep, = torch.autograd.grad(opened.sum(), s)
     assert flat[2].norm() < 1e-4 and steep[2].norm() == pytest.approx(2 / 50, rel=0.01)
 
 
-def test_the_margin_sees_what_the_loss_hides(runs):
-    run = explore.load(runs["encapnet"])
-    scores, labels = torch.rand(7, 10), torch.arange(7)
-    torch.testing.assert_close(explore.loss(run, scores, labels),
-                               7 * encapnet.margin_loss(scores, labels))
-    done = (0.05 + 0.9 * F.one_hot(labels, 10)).requires_grad_()       # right, so without loss
-    gradient = [torch.autograd.grad(climb(run, done, labels), done)[0].abs().amax(1)
-                for climb in (explore.loss, explore.margin)]
-    assert gradient[0].eq(0).all() and gradient[1].gt(1).all()
-    opened = 2 * (0.5 / (1 - 0.5) * torch.ones(1)).sqrt().log()        # |s| of a length of one half
-    even = torch.full((1, 10), 0.5)
-    even[0, 3] = 0.9
-    wanted = (opened - 2 * torch.tensor(9.).sqrt().log()).item()
-    assert explore.margin(run, even, torch.tensor([3])).item() == pytest.approx(wanted, abs=1e-4)
+@pytest.fixture
+def unattacked(monkeypatch):
+    """Attacks that turn an image upside down, each at its own eps: from 4, 8, 16 of 255 on."""
+    def attacks(model, eps, classes):
+        def turn(least):
+            return lambda x, labels: x.flip(2) if eps > (least - 0.1) / 255 else x
+        return {name: [turn(999), turn(least)] for name, least in (
+            ("FGSM", 4), ("PGD", 8), ("APGD", 16))}
+    monkeypatch.setattr(explore, "attacks", attacks)
+    monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(__spec__=True))
 
 
-def test_robustness_of_seeds_side_by_side(runs, capsys, monkeypatch, tmp_path):
+def test_errors_are_those_of_the_changed_images_and_are_told_at_once(runs, unattacked, monkeypatch,
+                                                                    tmp_path, capsys):
+    """Of a network that answers by whether the top is brighter than the bottom."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
+    run = explore.load(runs["cnn"])
+    images = run.data.test.images.float()
+    brighter = images[:, :, :16].mean((1, 2, 3)) > images[:, :, 16:].mean((1, 2, 3))
+    labels = brighter.long()
+    labels[:10] = 1 - labels[:10]                                      # a quarter is wrong
+    run.data = replace(run.data, test=replace(run.data.test, labels=labels))
+    said = []
+
+    def answer(run, x):
+        said.append(capsys.readouterr().out.count("\n"))
+        top = x[:, :, :16].mean((1, 2, 3)) > x[:, :, 16:].mean((1, 2, 3))
+        return torch.nn.functional.one_hot(top.long(), 10).float()
+    monkeypatch.setattr(measure, "class_scores", answer)
+    explore.robustness([run], 100, [4.0, 8.0])
+    line, = map(json.loads, Path("runs/results.jsonl").read_text().splitlines())
+    errors = line["errors"]
+    assert errors["clean"] == {"0": 25} and line["images"] == 40
+    assert errors["FGSM"] == {"4": 100, "8": 100} and errors["APGD"] == {"4": 25, "8": 25}
+    assert errors["PGD"] == {"4": 25, "8": 100}                        # wrong before stays wrong
+    assert {kind: list(errors[kind]) for kind in explore.CHANGES} == {
+        kind: [f"{s:g}" for s in strengths] for kind, (_, strengths) in explore.CHANGES.items()}
+    assert max(said) <= 2 and sum(said) >= 1 + 20 + 6                  # each when it is known
+
+
+def test_a_robustness_figure_shows_seeds_as_one_line_and_models_apart(monkeypatch, tmp_path):
+    """Means 20 and 60 of two seeds, their sd, and one of another model; strengths as ticks."""
     drawn = {}
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.update({path: figure}))
-    monkeypatch.chdir(tmp_path)
-    small = "--images 50 --steps 1 --restarts 1 --eps 4 64 --device cpu".split()
-    folders = [runs[name] for name in ("encapnet", "again", "cnn")]
-    assert explore.main(["robustness", *map(str, folders), *small]) == 0
-    told = [block.splitlines() for block in capsys.readouterr().out.split("error in %\n")]
-    lines = [json.loads(line) for line in Path("runs/results.jsonl").read_text().splitlines()]
-    assert [line["seed"] for line in lines] == [0, 1, 5] and lines[0]["images"] == 40
-    for folder, line, block in zip(folders, lines, told[1:], strict=True):
-        errors = line["errors"]
-        tested = json.loads((folder / "result.json").read_text())["error"]
-        assert errors["clean"]["0"] == pytest.approx(tested)           # the same 40 images
-        assert set(explore.CHANGES) < set(errors)
-        for eps in ("4", "64"):
-            single = [errors[a][eps] for a in ("FGSM", "PGD", "PGD margin")]
-            assert errors["clean"]["0"] <= max(single) <= errors["any attack"][eps] <= 100
-        said = dict(re.split("  +", row.strip(), maxsplit=1) for row in block if row[:2] == "  ")
-        assert said == {test: ", ".join(f"{s}: {error:.1f}" for s, error in found.items())
-                        for test, found in errors.items()}
-    (path, figure), = drawn.items()
-    assert path == folders[0] / "robustness.png"
-    panels = {axis.get_title(): axis for axis in figure.axes}
-    clean = np.array([line["errors"]["clean"]["0"] for line in lines])
-    for test, axis in panels.items():                                  # from no change at all on
-        changes = lines[0]["errors"][test]
-        points = np.array([clean, *([line["errors"][test][s] for line in lines] for s in changes)])
-        means = points[:, :2].mean(1), points[:, 2]
-        for curve, mean in zip(axis.containers, means, strict=True):
-            np.testing.assert_allclose(curve.lines[0].get_ydata(orig=False), mean)
-            np.testing.assert_allclose(curve.lines[0].get_xdata(orig=False),
-                                       [0, *map(float, changes)])
-        top = axis.containers[0].lines[1][1].get_ydata(orig=False)     # of the bars: the sd
-        np.testing.assert_allclose(top - means[0], np.abs(np.diff(points[:, :2])[:, 0]) / 2 ** 0.5)
-        names = [curve.get_label() for curve in axis.containers]
-        assert names[0].endswith("dims=(1, 1, 2, 2) feedback=2")
-        assert names[1] == "cnn-same width=0.1 loss=ce"
-    assert len(panels) == 8
+    tests = [*explore.CHANGES, "FGSM", "PGD", "APGD"]
+
+    def seed(k, clean):
+        return {"clean": {"0": clean},
+                **{test: {"4": 10. * n + k, "127.5": 90. + k} for n, test in enumerate(tests)}}
+    groups = {"net": [seed(0, 1.), seed(4, 3.)], "other": [seed(7, 5.)]}
+    explore.draw_robustness(groups, tmp_path / "x.png")
+    figure, = drawn.values()
+    assert [axis.get_title() for axis in figure.axes] == tests
+    for n, axis in enumerate(figure.axes):
+        first, second = axis.containers
+        assert first.lines[0].get_ydata(orig=False).tolist() == [2, 10 * n + 2, 92]
+        assert second.lines[0].get_ydata(orig=False).tolist() == [5, 10 * n + 7, 97]
+        top = first.lines[1][1].get_ydata(orig=False)                  # of the bars
+        np.testing.assert_allclose(top, [2 + 2 ** .5, 10 * n + 2 + 8 ** .5, 92 + 8 ** .5])
+        assert [c.get_label() for c in axis.containers] == ["net", "other"]
+        ticks = [(tick.get_position()[0], tick.get_text()) for tick in axis.get_xticklabels()]
+        assert ticks == [(0, "0"), (1, "4"), (2, "127.5")]
+        assert first.lines[0].get_xdata(orig=False).tolist() == [0, 1, 2]
 
 
 def test_runs_of_other_settings_are_not_seeds_of_one(runs, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(explore, "measure", lambda *given: {"clean": {"0": 1.0}})
-    monkeypatch.setattr(explore, "draw_robustness", lambda groups, path: drawn.append(groups))
+    monkeypatch.setattr(explore, "errors_of", lambda *given: {"clean": {"0": 1.0}})
+    monkeypatch.setattr(explore, "draw_robustness", lambda *given: drawn.append(given))
     first, second = (explore.load(runs[name]) for name in ("encapnet", "again"))
     others = [replace(second, config=replace(second.config, **change))
               for change in (dict(lam=5.0), dict(epochs=9))]
-    explore.robustness([first, second, *others])
+    explore.robustness([first, second, *others], 5, [4])
     name = explore.name_of(first)
-    assert {label: len(seeds) for label, seeds in drawn[0].items()} == {
+    (groups, path), = drawn
+    assert path == runs["encapnet"] / "robustness.png"
+    assert {label: len(seeds) for label, seeds in groups.items()} == {
         name: 2, f"{name} lam=5.0": 1, f"{name} epochs=9": 1}
+    lines = [json.loads(line) for line in Path("runs/results.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 1, 1, 1]
+    usual = first.config.lam
+    assert [line["training"]["lam"] for line in lines] == [usual, usual, 5, usual]
 
 
-def test_a_network_that_is_always_wrong_is_wrong_under_attack(runs):
-    run = explore.load(runs["encapnet"])
-    x, labels = spread(run, 40)
-    run.data.test.labels = (1 + explore.scores(run, x).argmax(1)) % 10
-    errors = explore.measure(run, 40, 1, 1, (4,))
-    assert errors["clean"]["0"] == errors["any attack"]["4"] == 100
+@needs_attacks
+def test_robustness_from_the_command_line(runs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(explore.attacks, "__defaults__", (1,))         # steps
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
+    flags = "--images 50 --eps 16 --device cpu".split()
+    assert explore.main(["robustness", str(runs["encapnet"]), *flags]) == 0
+    line, = map(json.loads, Path("runs/results.jsonl").read_text().splitlines())
+    tested = json.loads((runs["encapnet"] / "result.json").read_text())["error"]
+    assert line["errors"]["clean"]["0"] == pytest.approx(tested)       # the same 40 images
+    assert line["images"] == 40 and list(line["errors"]["APGD"]) == ["16"]
+
+
+def test_robustness_without_torchattacks_is_one_line(runs, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    assert explore.main(["robustness", str(runs["cnn"])]) == 2
+    err = capsys.readouterr().err
+    assert "pip install torchattacks" in err and err.count("\n") == 1
 
 
 def test_explain_says_why_it_cannot_draw(runs):
@@ -360,7 +411,7 @@ def test_explain_says_why_it_cannot_draw(runs):
 
 @pytest.mark.parametrize("arguments, words", [
     ("explain nowhere", "no checkpoint nowhere"), ("explain", "required: RUN"),
-    ("imagine RUN", "invalid choice"), ("robustness RUN --steps 0", "at least 1")])
+    ("imagine RUN", "invalid choice"), ("robustness RUN --images 0", "at least 1")])
 def test_bad_input_is_one_line(arguments, words, runs, capsys):
     given = [str(runs["cnn"]) if word == "RUN" else word for word in arguments.split()]
     assert explore.main(given) == 2

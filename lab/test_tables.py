@@ -94,7 +94,7 @@ def ablations_of(config):
     (coefficients, squashed), = {(m.coefficients, len(m.branch_norms) == 2) for m in layers}
     aides = {(m.master.weight.shape[-1], m.aide.weight.shape[-1] if m.coefficients else None)
              for m in layers}                                          # every layer is alike
-    skips = " ".join(["I"] * (module.reduce.skip is not None) + ["II"] * module.type_II_skip)
+    skips = " ".join(["I"] * (module.type_I.skip is not None) + ["II"] * module.type_II_skip)
     built = dict(coefficients=coefficients, aide=tuple(dict(aides)[kernel] for kernel in (3, 1)),
                  squashed=squashed, skips=skips, lam=config.lam)
     assert len(aides) == 2
@@ -713,6 +713,29 @@ def test_report_renders_and_checks(cli):
     assert numbers(text, "squash") == [*"loops 2.0 6.0 3.00 2 3 1.50".split(), "CPU, 1 thread"]
     Path("README.md").write_text(text.replace("14.25", "14.26"))
     assert_one_line(cli("--report --check"), "does not agree", code=1)
+
+
+def test_the_authors_logs_are_counted_in_table_1s_unit_beside_the_papers_own_rows(monkeypatch):
+    monkeypatch.chdir(Path(train.__file__).parent)
+    rows = tables.render_logs().splitlines()[2:]
+    logs = {row.split("`")[-2]: numbers(row, "") for row in rows}
+    for name, row, parameters in (
+            ("capnet_dynamic", "(a)", 9913600), ("capnet_EM", "(b)", 9991540),
+            ("resnet_shape", "(c)", 1575690), ("resnet_param", "(d)", 9624782),
+            ("encapnet_master", "(e)", 1689856), ("encapnet_m^2", "(f)", 8124224)):
+        count, megabits, *_, paper, _ = logs[f"paper/{name}"]
+        assert count == f"{parameters:,}" and float(megabits) == round(parameters / 65536, 2)
+        assert paper.startswith(f"Table 1 {row}: ")
+    assert logs["cap_102_OT_v2_loss_fac20"][2:7] == [
+        "600", "0.01", "14.12", "13.61", "Table 3 (d1): 4.71 %"]
+    for *_, paper, _ in logs.values():                                 # no figure mistyped
+        if paper != "–":
+            table, row, figures_ = re.fullmatch(r"Table (\d) (\(\w+\)): (.*)", paper).groups()
+            theirs, = (p for part in TABLES[table] for name, _, p in part.rows
+                       if name.startswith(f"{row} "))
+            expected = [theirs["cost"][0], theirs["cifar10"]] if table == "1" else \
+                [theirs["EncapNet"]]
+            assert [float(x) for x in re.findall(r"[\d.]+", figures_)] == expected
 
 
 def test_bench(cli, quick):

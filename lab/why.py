@@ -18,7 +18,7 @@ from lab.config import Parser, make_config
 from lab.data import load_data, normalised, shuffle
 from lab.figures import COLOURS, canvas, draw_series, save_figure
 from lab.fit import build_run, classification_loss, start, train_step
-from lab.measure import call, first
+from lab.measure import first_images, forward
 from lab.results import environment
 from lab.runtime import RUNS, guarded, say, write_file
 
@@ -39,7 +39,7 @@ def routing_statistics(votes, activation, mu, R):
 
 
 def layer_statistics(layer, u, activation, rounds):
-    """Medians of both after 1 .. rounds iterations of one layer -> {name: [a number a round]}."""
+    """Medians of both after 1 .. rounds iterations of one layer -> {name: [number, ...]}."""
     votes, seen = layer.votes(u), []
     for r in range(1, rounds + 1):
         mu, _, R = encapnet.em_routing(votes, activation, layer.beta_v, layer.beta_a, r,
@@ -63,7 +63,7 @@ def em(data_path, rounds=5, images=16):
             layer.register_forward_hook(
                 lambda layer, given, out, label=f"layer {k}, {name}": found.update(
                     {label: layer_statistics(layer, *given, rounds)}))
-        run.net(normalised(first(run, images)[0], run.data))
+        run.net(normalised(first_images(run, images)[0], run.data))
     figure, axes = canvas(1, 2, height=3.2)
     for axis, what, of in zip(axes[0], ("effective votes", "deviation of log p"),
                               ("of a capsule", "over j"), strict=True):
@@ -84,7 +84,7 @@ def observed_step(run, images, labels, draws):
     modules on average, in units of the learning rate; 1 at the first step.
     """
     weights = list(run.net.blocks.parameters())
-    scores, feedback = call(run.model, run.config, normalised(images / 255, run.data))
+    scores, feedback = forward(run.model, run.config, normalised(images / 255, run.data))
     loss = classification_loss(run.config, scores, labels, run.progress)
     parts = [torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
              for part in (loss, run.config.lam * feedback)]
@@ -98,7 +98,7 @@ def observed_step(run, images, labels, draws):
 def burst(train_images=16000):
     """The default run at lambda = 10, without clipping and with: its first epoch -> figure, found.
 
-    found: {clipped or not: {"margin loss", "lambda x divergence", "rate": [a number a step]}}
+    found: {clipped or not: {"margin loss", "lambda x divergence", "rate": [one number per step]}}
     """
     found = {}
     for name, clip in (("not clipped", 0.0), ("clipped to 1", 1.0)):
