@@ -133,7 +133,7 @@ class Config:
                                    "of them (folder, recipe fast: yes, but with --batch-size)")
     epochs: int = train_option(600, help="scales the milestones with it", free=True)
     steps: int = train_option(0, help="instead of --epochs: as many as make about N steps "
-                              "(folder: 500)", metavar="N")
+                              "(folder: 400)", metavar="N")
     clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
                                "never, as in the paper; every other recipe: 1", metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
@@ -158,7 +158,7 @@ PAPERS = {name: dict(batch_size=256) for name in ("h-imagenet", "imagenet")}   #
 OURS = {    # settings that learn in minutes on a CPU
     "digits": dict(model="encapnet-small", epochs=2, schedule="one-cycle", lr=3e-3, batch_size=64,
                    lam=0.1, clip=1.0, train_images=16000, test_images=2000, channels_last=True),
-    "folder": dict(model="encapnet-small", steps=500, schedule="one-cycle", lr=3e-3, batch_size=64,
+    "folder": dict(model="encapnet-small", steps=400, schedule="one-cycle", lr=3e-3, batch_size=64,
                    fit_batch=True, lam=0.1, clip=1.0, augment="+", flip=True, channels_last=True),
 }
 FAST = dict(schedule="one-cycle", epochs=30, batch_size=512, fit_batch=True, lr=4e-3, clip=1.0)

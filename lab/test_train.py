@@ -194,7 +194,7 @@ def test_own_images_have_a_recipe_and_every_flag_goes_before_it():
     own = make_config(dataset="folder")
     assert (own.model, own.steps, own.schedule, own.lr, own.batch_size, own.fit_batch, own.lam,
             own.clip, own.augment, own.flip) == (
-        "encapnet-small", 500, "one-cycle", 3e-3, 64, True, .1, 1, "+", True)
+        "encapnet-small", 400, "one-cycle", 3e-3, 64, True, .1, 1, "+", True)
     paper = make_config(dataset="folder", recipe="paper")
     assert dataclasses.replace(paper, dataset="cifar10", recipe="default") == \
         make_config(dataset="cifar10")
@@ -205,7 +205,7 @@ def test_own_images_have_a_recipe_and_every_flag_goes_before_it():
             given.flip, given.augment, given.model, given.clip, given.schedule) == (
         7, 0, 9, False, 1, 2, False, "none", "encapnet6", 0, "steps")
     assert given.milestones == (2, 4, 5)
-    assert make_config(dataset="folder", augment="++").steps == 750
+    assert make_config(dataset="folder", augment="++").steps == 600
     for fields in (dict(milestones=(3,)), dict(steps=9, epochs=3)):
         with pytest.raises(Problem, match="--steps"):
             make_config(dataset="folder", **fields)
