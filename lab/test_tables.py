@@ -20,7 +20,8 @@ import train
 from conftest import agreement_by_hand, assert_one_line, state_of
 from lab import bench, figures, fit, tables
 from lab.config import make_config
-from lab.fit import agreement, make_model
+from lab.fit import make_model
+from lab.measure import agreement
 from lab.paper import SGD_RATE, TABLES, asked_parts, part_cells, row_config
 from lab.results import config_key, data_name, read_results
 from lab.runtime import Diverged, Problem
