@@ -1,13 +1,13 @@
 """Neural Network Encapsulation (Li, Guo, Dai, Ouyang, Wang; ECCV 2018, arXiv:1808.03749).
 
-A neuron says with one number that something is there.  A *capsule* is a small vector: its length
-says whether the thing is there, its direction what it is like.  A layer of capsules predicts the
-next layer: a matrix maps every lower capsule u_i to its *vote* v_hat_j|i, its prediction of higher
-capsule j.  Where many votes for j agree, the parts that cast them fit into a whole.  So a vote that
-agrees with the others gains weight, j is computed again from the weighted votes, and so on for a
-few iterations.  That is *routing by agreement* (dynamic_routing); *EM routing* (em_routing) fits a
-Gaussian to the votes where dynamic routing takes their mean.  The price: n lower and n higher
-capsules exchange n^2 votes.
+A neuron uses a single number to say that something is there.  A *capsule* is a small vector: its
+length says whether the thing is there, its direction describes what it is like.  A layer of
+capsules predicts the next layer: a matrix maps every lower capsule u_i to its *vote* v_hat_j|i, its
+prediction of higher capsule j.  Where many votes for j agree, the parts that cast them fit into a
+whole.  So a vote that agrees with the others gains weight, j is computed again from the weighted
+votes, and so on for a few iterations.  That is *routing by agreement* (dynamic_routing); *EM
+routing* (em_routing) fits a Gaussian to the votes where dynamic routing takes their mean.  The cost
+is quadratic: n lower and n higher capsules exchange n^2 votes, 268 MB per image in Table 1's layer.
 
 The paper replaces the iterations by one pass, *capConv*: a higher capsule receives the lower
 capsules of its own type through a master branch and those of all other types through an aide
@@ -18,7 +18,8 @@ batch with the real ones.
 
 Axes    B batch · i / j lower / higher capsules, n_in / n_out their numbers · d numbers per capsule,
         e per lower capsule where both occur · G capsule types, g one of them · P positions of a
-        type, p one of them · H, W height and width · K classes · n, m samples in two clouds
+        type, p one of them · H, W height and width · K classes · n, m samples of two clouds, whose
+        transport plan is P in the paper · t iteration
 Layout  a capsule image is (B, G*d, H, W), type-major: `groups=G` gives each type its own transform
 
 Where each equation lives
@@ -29,10 +30,10 @@ Where each equation lives
     Eqs. (5,6)  m1 v1 + m2 v2 ........ CapConv           App. B    g, f ......... FeedbackUnit
     Sec. 3.1    capFC ................ CapFC             Table 2   networks ..... EncapNet, ResNet
 
-Where the print leaves a choice, or we differ from it or from the authors' released code, the code
-says "Deviation" with the number in this list
+Where the paper is ambiguous, or we differ from it or from the authors' released code, the code says
+"Deviation" with the number in this list
     1  order of Sinkhorn's updates .. sinkhorn_plan     7  softmax before KL ..... kl_divergence
-    2  kernel of the aide ........... CapConv           8  initial scales .. RoutedCapsules, CapConv
+    2  kernel of the aide ........... CapConv           8  scales . RoutedCapsules, CapConv, CapNet
     3  generator, extractor ......... FeedbackUnit      9  stem, vanilla generator ....... EncapNet
     4  softmax over i ............... dynamic_routing  10  EM's activations and scores ..... CapNet
     5  EM is standardised over j .... standardise      11  Table 1's (d), (e), (f) .. CNN, EncapNet6
@@ -50,7 +51,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-# ---- Small tools: checks of arguments, and arithmetic that half precision would spoil ------------
+# ---- Small tools: checks of arguments, float32 inside half precision -----------------------------
 
 def check_choice(allowed, **arguments):
     for name, value in arguments.items():
@@ -59,7 +60,7 @@ def check_choice(allowed, **arguments):
 
 
 def check_positive(kind=int, **arguments):
-    """Numbers, or tuples of them."""
+    """Each argument, a number or a tuple of numbers, is positive."""
     for name, value in arguments.items():
         for x in value if isinstance(value, (tuple, list)) else [value]:
             right_kind = isinstance(x, (int, kind)) and not isinstance(x, bool)
@@ -68,7 +69,7 @@ def check_positive(kind=int, **arguments):
 
 
 def check_shape(name, x, axes, **sizes):
-    """x has these axes, "B K", of the sizes given."""
+    """x has the axes named, as in "B K", some of them of given sizes."""
     axes = axes.split()
     if len(axes) != x.dim() or any(sizes.get(axis, size) != size
                                    for axis, size in zip(axes, x.shape, strict=True)):
@@ -84,10 +85,8 @@ def full_precision(function):
 
     @wraps(function)
     def wrapped(*args, **kwargs):
-        first = args[0] if args else next(iter(kwargs.values()))
-        if not isinstance(first, Tensor):
-            raise TypeError(f"{function.__name__} takes torch.Tensor, not {type(first).__name__}")
-        with torch.autocast(first.device.type, enabled=False):
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
             return function(*map(upcast, args),
                             **{name: upcast(value) for name, value in kwargs.items()})
     return wrapped
@@ -97,7 +96,7 @@ def squash(s, dim=-1):
     """Shrink a vector to a length below 1 and keep its direction.   [Sec. 2.1]
 
     v = |s|^2 / (1 + |s|^2) * s / |s| = s |s| / (1 + |s|^2);  finite value and gradient at s = 0.
-    s: any shape, capsules along `dim` -> the same shape and dtype
+    s: any shape, the numbers of a capsule along `dim` -> the same shape and dtype
     """
     wide = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s  # |s|^2 overflows in half
     square = wide.square().sum(dim, keepdim=True)                        # |s|^2
@@ -106,32 +105,32 @@ def squash(s, dim=-1):
 
 
 # ---- The two classic routings on explicit votes: the readable definition -------------------------
-# A higher capsule is computed from the votes of all lower ones, weighted by how well each agrees
-# with it.  Both are unknown at first, so they are improved in turn: dynamic routing takes a
-# weighted mean and measures agreement by the inner product; EM routing fits a Gaussian to the votes
-# and measures agreement by the log density.
+# A higher capsule depends on the weights of its votes, and they on how well each vote agrees with
+# it: both are updated in turn.  Dynamic routing takes a weighted mean and measures agreement by the
+# inner product; EM routing fits a Gaussian and measures agreement by the log density.
 
 def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficients=False):
     """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
 
     votes: (B, i, j, d), v_hat_j|i;  b0: initial logits, broadcast to (B, i, j), or None
     softmax: the axis over which the coefficients c sum to 1
-        "in", over i, as in the paper: every higher capsule takes a weighted mean of its votes, and
-        higher capsules do not compete
+        "in", over i, as in the paper: every higher capsule takes a weighted mean of its votes, for
+        which the votes compete, and higher capsules do not
         "out", over j, as in Sabour et al.: every lower capsule divides one vote among the higher
         ones, which compete for it
-        Deviation 4: the authors' loss did not converge with "out" (App. A.i); ours does.
+        Deviation 4: we keep "out", with which the authors' loss did not converge (App. A.i); we
+        found no failure to converge.
     -> v (B, j, d), lengths in [0, 1);  with return_coefficients also c (B, i, j), last iteration
     """
     check_positive(iterations=iterations)
     check_choice(("in", "out"), softmax=softmax)
     b = votes.new_zeros(()) if b0 is None else b0
     b = b.expand(votes.shape[:3])                                        # logits (B, i, j)
-    for r in range(iterations):
+    for t in range(iterations):
         c = b.softmax(dim=1 if softmax == "in" else 2)                   # (B, i, j)
         s = torch.einsum("Bij,Bijd->Bjd", c, votes)                      # Eq. (4)
         v = squash(s)                                                    # (B, j, d)
-        if r < iterations - 1:
+        if t < iterations - 1:
             b = b + torch.einsum("Bijd,Bjd->Bij", votes, v)              # Eq. (1)
     return (v, c) if return_coefficients else v
 
@@ -141,27 +140,26 @@ def standardise(x):
 
     Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula;
     that of the log densities is ours.  Cost and log density are sums over the d numbers of a pose,
-    and they are compared between capsules j.  Left as they are, they differ by tens, so that the
-    softmax gives each vote to one capsule; a capsule with two votes has almost no variance, so that
-    its next log densities differ by more still, and a network hardly learns with three iterations.
-    Standardised, both stay of order 1.
+    so that between capsules j they differ by tens.  The softmax then assigns each vote to a single
+    capsule; a capsule left with one or two votes has almost no variance, and its next log densities
+    differ by even more: with three iterations a network hardly learns.  Standardised, both stay of
+    order 1.
     """
-    # layer_norm computes x / std - mean / std, which cancels where |mean| >> std: shift first.
+    # layer_norm computes x / std - mean / std, which is inexact where |mean| >> std: shift first.
     x = x - x.detach().amax(-1, keepdim=True)
     return F.layer_norm(x, x.shape[-1:], eps=1e-10)                      # eps: on the variance
 
 
-def em_activation(log_mass, var, beta_v, beta_a, r):
-    """Log activation of higher capsules, from the cost of the votes that they explain.   [Eq. (2)]
+def em_activation(log_mass, var, beta_v, beta_a, t):
+    """Log activation of higher capsules: high where votes explained cost little.   [Eq. (2)]
 
-    log_mass: (B, j), log sum_i R_ij a_i;  var: (B, j, d);  beta_v, beta_a: (j,);  r: iteration
+    log_mass: (B, j), log sum_i R_ij a_i;  var: (B, j, d);  beta_v, beta_a: (j,);  t: iteration
     -> (B, j)
     """
-    # Standardising is scale-free except for its eps.  Divided by the largest, the masses keep that
-    # eps as small for inputs that are nearly off as for active ones.
+    # Standardising is scale-free except for its eps, which this keeps small for any activations.
     mass = (log_mass - log_mass.amax(-1, keepdim=True)).exp()
     cost = mass * (beta_v[:, None] + var.log() / 2).sum(-1)              # sum over d
-    return F.logsigmoid((1 + r) * (beta_a - standardise(cost)))
+    return F.logsigmoid((1 + t) * (beta_a - standardise(cost)))
 
 
 def em_assignment(log_p, log_aj, standardised):
@@ -180,10 +178,11 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     """Fit one Gaussian per higher capsule to the votes by expectation maximisation. [Eqs. (2), (3)]
 
     votes: (B, i, j, d);  activation: (B, i), in [0, 1];  beta_v, beta_a: (j,)
-    standardised: over j, "both" costs and log densities, or the "cost" alone, which hardly learns
+    standardised: over j, "both" costs and log densities, or only the "cost": then networks hardly
+        learn
     -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
-       with return_coefficients also R (B, i, j), the assignment of the last M-step
-    R starts equal over j; the inverse temperature of iteration r is 1 + r.
+       with return_coefficients also R (B, i, j), the assignment used by the last M-step
+    R starts uniform over j; the inverse temperature of iteration t is 1 + t.
     """
     B, n_in, n_out, _ = votes.shape
     check_shape("activation", activation, "B i", B=B, i=n_in)
@@ -193,28 +192,28 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     check_choice(("both", "cost"), standardised=standardised)
     log_a = activation.clamp_min(torch.finfo(votes.dtype).tiny).log()[:, :, None]
     log_R = votes.new_full((B, n_in, n_out), -math.log(n_out))
-    for r in range(iterations):
-        log_r = log_R + log_a                                            # R_ij <- R_ij a_i
-        share = log_r.softmax(dim=1)                                     # (B, i, j)
-        mu = torch.einsum("Bij,Bijd->Bjd", share, votes)                 # M-step, Eq. (2)
-        square = (votes - mu[:, None]).square()                          # (B, i, j, d)
+    for t in range(iterations):
+        log_r = log_R + log_a                                            # r_ij = R_ij a_i
+        share = log_r.softmax(dim=1)                                     # r_ij / sum_i r_ij
+        mean = torch.einsum("Bij,Bijd->Bjd", share, votes)               # M-step, Eq. (2)
+        square = (votes - mean[:, None]).square()                        # (B, i, j, d)
         var = torch.einsum("Bij,Bijd->Bjd", share, square) + 1e-8
-        log_aj = em_activation(log_r.logsumexp(1), var, beta_v, beta_a, r)
-        if r < iterations - 1:
+        log_aj = em_activation(log_r.logsumexp(1), var, beta_v, beta_a, t)
+        if t < iterations - 1:
             log_p = -(square / var[:, None] + (2 * math.pi * var).log()[:, None]).sum(-1) / 2
             log_R = em_assignment(log_p, log_aj[:, None], standardised)  # E-step
-    return (mu, log_aj.exp(), log_R.exp()) if return_coefficients else (mu, log_aj.exp())
+    return (mean, log_aj.exp(), log_R.exp()) if return_coefficients else (mean, log_aj.exp())
 
 
 # ---- Losses on class-capsule lengths (B, K) and targets: a scalar, mean over the batch ----------
-# A length says whether a class is present, so each class has a loss of its own: long where it is,
-# short where it is not, and nothing more once it is long or short enough.
+# A length says whether a class is present, so each class has a loss of its own, which is 0 once the
+# length is past its margin.
 
 @full_precision
 def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
     """Sum_k T_k max(0, m+ - |v_k|)^2 + lam (1 - T_k) max(0, |v_k| - m-)^2.   [Sec. 3.2]
 
-    lengths: (B, K);  target: (B,), class numbers, or (B, K), 1 for each class present -> scalar
+    lengths: (B, K);  target: (B,), class indices, or (B, K), 1 for each class present -> scalar
     """
     check_shape("lengths", lengths, "B K")
     B, K = lengths.shape
@@ -231,7 +230,7 @@ def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
 def spread_loss(lengths, target, margin):
     """Sum_{k != t} max(0, margin - (a_t - a_k))^2.   [Table 5, Hinton et al. 2018]
 
-    lengths: (B, K);  target: (B,);  margin: lab/fit.py raises it from 0.2 to 0.9 -> scalar
+    lengths: (B, K);  target: (B,);  margin: raised from 0.2 to 0.9 during training -> scalar
     """
     check_shape("lengths", lengths, "B K")
     check_shape("target", target, "B", B=lengths.shape[0])
@@ -246,7 +245,8 @@ def spread_loss(lengths, target, margin):
 # `votes` and the two functions above are the definition, and the appendix computes the same result
 # without votes.
 
-exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6: other
+# torch 2.6 has no is_exporting
+exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 class RoutedCapsules(nn.Module):
@@ -255,14 +255,14 @@ class RoutedCapsules(nn.Module):
     The P capsules of a type share a transform (Fig. 1b); P = 1 gives each capsule its own.
     routing: "dynamic" (softmax over "in" or "out" capsules) or "em";  bias: votes are w u + bias
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
-        the last two are one logit per pair (i, j), for inputs of P = `positions`
+        the last two store one logit per pair (i, j), so that inputs must have P = `positions`
     standardised: of EM, as em_routing
-    factored: False routes explicit votes, with the same result; needed under torch.func, and under
-        torch.compile(fullgraph=True).  Export does so by itself.
+    factored: routing without votes (appendix).  Set False, for the same result by explicit votes,
+        under torch.func and torch.compile(fullgraph=True); torch.export does so by itself.
     gain: factor on the initial scale, 0.3 sqrt(types / in_dim).  Deviation 8: the paper says
-        "Gaussian"; with this scale v starts a few tenths long at Table 1's size, neither lost nor
-        saturated by squash.  gain=1 suits inputs that are alike at all P positions; where each
-        position has a pose of its own, their mean is sqrt(P) times shorter: gain=sqrt(P)
+        "Gaussian"; at Table 1's size this lets |v| start at a few tenths, neither vanishing nor
+        saturated.  gain=1 suits inputs that are similar at all P positions; where each position has
+        a pose of its own, their mean is about 1 / sqrt(P) as long: gain=sqrt(P)
     u: (B, types, P, in_dim) -> v (B, out_capsules, out_dim)
     em: u, activation (B, types*P) -> pose (B, out_capsules, out_dim), activation (B, out_capsules)
     """
@@ -293,28 +293,31 @@ class RoutedCapsules(nn.Module):
             self.beta_a = nn.Parameter(torch.zeros(out_capsules))
 
     def votes(self, u):
-        """v_hat_j|i = w_ij u_i: (B, types, P, in_dim) -> (B, types*P, out_capsules, out_dim)."""
+        """v_hat_j|i = w_gj u_i: (B, types, P, in_dim) -> (B, types*P, out_capsules, out_dim)."""
         return torch.einsum("BGPe,Gejd->BGPjd", *self.operator(u)).flatten(1, 2)
 
     def operator(self, u):
-        """u and weight whose product the votes are: a bias is the weight of a 1."""
+        """u and the weight that maps it to votes: a bias is the weight of a constant input 1."""
         if self.bias is None:
             return u, self.weight
         return F.pad(u, (0, 1), value=1), torch.cat([self.weight, self.bias[:, None]], 1)
 
     def forward(self, u, activation=None):
-        P = u.shape[2] if self.b is None else len(self.b) // self.types
-        check_shape("u", u, "B types P in_dim", types=self.types, P=P, in_dim=self.in_dim)
+        P = {} if self.b is None else {"P": len(self.b) // self.types}
+        check_shape("u", u, "B types P in_dim", types=self.types, in_dim=self.in_dim, **P)
+        if (activation is None) == (self.routing == "em"):
+            raise ValueError("activation: needed with routing='em', and with it alone")
         # With fewer positions than min_positions explicit votes are faster (measured on a CPU).
         if self.routing == "dynamic":
             with_votes, without_votes, min_positions = dynamic_routing, dynamic_without_votes, 4
             options = {"softmax": self.softmax, "b0": self.b}
         else:
             with_votes, without_votes = em_routing, em_without_votes
-            min_positions = (self.in_dim + 1) * (self.in_dim + 2) // 6   # a third of its monomials
+            min_positions = (self.in_dim + 1) * (self.in_dim + 2) // 6   # a third of the monomials
             options = {"activation": activation, "beta_v": self.beta_v, "beta_a": self.beta_a,
                        "standardised": self.standardised}
-        if self.factored and P >= min_positions and not exporting():     # loops would fix the batch
+        # Exported, the loops over blocks would fix the batch size.
+        if self.factored and u.shape[2] >= min_positions and not exporting():
             v = without_votes(*self.operator(u), iterations=self.iterations, **options)
         else:
             v = with_votes(self.votes(u), iterations=self.iterations, **options)
@@ -322,8 +325,7 @@ class RoutedCapsules(nn.Module):
 
 
 # ---- capConv: approximate routing in one pass, by a master and an aide branch --------------------
-# The iterations of routing search for how much each lower capsule counts.  capConv learns to
-# compute it at once.
+# Routing finds the weights of its votes by iteration; capConv predicts them in one pass.
 
 def squash_image(s, types):
     """squash every capsule of an image (B, types*d, H, W)."""
@@ -331,7 +333,7 @@ def squash_image(s, types):
 
 
 class ComplementConv(nn.Module):
-    """Convolution in which every capsule type sees all types but its own: N-bar_j of Eq. (6).
+    """Convolution in which every capsule type sees all types but its own.   [Eq. (6)]
 
     weight: (types*out_dim, (types-1)*in_dim, k, k), input channels of the other types in order
     u: (B, types*in_dim, H, W) -> (B, types*out_dim, ceil(H/stride), ceil(W/stride))
@@ -345,14 +347,15 @@ class ComplementConv(nn.Module):
     def dense(self):
         """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero.
 
-        Types before the own one keep their place, those after it move on by one.
+        Input types before the output's own keep their index, those after it move up by one.
         """
         G = self.types
-        blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1))   # (j, d, i, e, k, k)
-        place = torch.arange(G, device=blocks.device)
-        i, j = place.view(G, 1, 1, 1), place.view(G, 1, 1, 1, 1, 1)
-        before, after = (F.pad(blocks, (0, 0) * 3 + gap) for gap in ((0, 1), (1, 0)))
-        full = torch.where(i < j, before, torch.where(i > j, after, 0.0))
+        blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1))
+        index = torch.arange(G, device=blocks.device)
+        low, high = index.view(G, 1, 1, 1), index.view(G, 1, 1, 1, 1, 1)
+        before = F.pad(blocks, (0, 0, 0, 0, 0, 0, 0, 1))     # (high, out_dim, low, in_dim, k, k)
+        after = F.pad(blocks, (0, 0, 0, 0, 0, 0, 1, 0))
+        full = torch.where(low < high, before, torch.where(low > high, after, 0.0))
         return full.flatten(2, 3).flatten(0, 1)
 
     def forward(self, u):
@@ -363,22 +366,22 @@ class CapConv(nn.Module):
     """One layer of capsules, routed in a single pass.   [Eq. (6), Fig. 1c]
 
     For every capsule type g, at every position (* is a convolution):
-        v1_g  = W_g * u_g                        master: type g alone, kernel k1 = kernel_size
+        v1_g  = M_g * u_g                        master: type g alone, kernel k1 = kernel_size
         v2_g  = sum over h != g of A_gh * u_h    aide: all other types, kernel k2 = aide_kernel
-        (m1_g, m2_g) = C_g * v1_g + D_g * v2_g + beta_g      one number each per position
+        (m1_g, m2_g) = C_g * v1_g + D_g * v2_g + beta_g      3x3, one number each per position
         s_g   = m1_g v1_g + m2_g v2_g  (+ skip_g)  (+ residual_g)
         out_g = squash(ReLU(BatchNorm(s_g)))
     coefficients: "both", as above;  "own": m1 from v1 alone, m2 from v2;  "cross": m1 from v2, m2
         from v1;  "fixed": m1 = m2 = 1;  None: no aide, s = v1   [Table 3 (1-4)]
     skip: the skip of type I, an ordinary strided 3x3 convolution of u, in which all types meet; the
         skip of type II is `residual`, which EncapModule hands to the last layer [Table 3 (5-7)]
-    squash_branches: BatchNorm, ReLU and squash at the end of each branch, too
-    Deviation 2: k2 is not printed; k1 + 2 fits the seconds per batch of Table 1's (e) and (f).  The
-    released code has k1 + 4, the own type in the aide, too, and squash_branches.
-    Deviation 6: beta starts at 1: s = v1 + v2 + a correction.
-    Deviation 8: BatchNorm's weight starts at 1 / sqrt(out_dim), torch's at 1.  There |s|^2 would be
-    d / 2 after ReLU and lengths would start at 0.30 for d = 2, but at 0.86 for d = 16, where squash
-    is nearly flat.  Here they start at 0.21 to 0.30.
+    squash_branches: BatchNorm, ReLU and squash at the end of each branch as well
+    Deviation 2: the paper does not give k2; k1 + 2 matches its seconds per batch for (e) and (f) of
+    Table 1.  The released code uses k1 + 4, lets the aide see its own type, squashes the branches.
+    Deviation 6: beta is initialised to 1, so that a fresh layer adds its branches.
+    Deviation 8: BatchNorm's weight is initialised to 1 / sqrt(out_dim).  With torch's default of 1,
+    |s|^2 would be d / 2 after ReLU, and lengths would start at 0.30 for d = 2 but at 0.86 for d =
+    16, where squash is nearly flat; now they start between 0.2 and 0.3.
     u: (B, types*in_dim, H, W) -> (B, types*out_dim, ceil(H/stride), ceil(W/stride))
     """
 
@@ -397,23 +400,23 @@ class CapConv(nn.Module):
         low, high = types * in_dim, types * out_dim
 
         def per_type(c_in, c_out, k, stride=1, bias=False):
-            """nn.Conv2d with groups=types; GroupedConv gives the same result, faster on a CPU."""
+            # nn.Conv2d with groups=types gives the same result, more slowly on a CPU (appendix).
             return GroupedConv(c_in, c_out, k, stride, k // 2, groups=types, bias=bias)
 
         self.master = per_type(low, high, kernel_size, stride)
         if coefficients is not None:
             self.aide = ComplementConv(in_dim, out_dim, aide_kernel, stride, types)
         if coefficients in ("both", "own", "cross"):
-            both = coefficients == "both"                                # m1, m2 of a type adjoin
-            n = 2 * types if both else types
-            self.from_v1 = per_type(high, n, 3, bias=True)
-            self.from_v2 = per_type(high, n, 3, bias=not both)           # the sum needs one bias
-            for branch in [self.from_v1] if both else [self.from_v1, self.from_v2]:
-                nn.init.ones_(branch.bias)                               # deviation 6
+            joint = coefficients == "both"                               # m1_g next to m2_g
+            self.from_v1 = per_type(high, 2 * types if joint else types, 3, bias=True)
+            self.from_v2 = per_type(high, 2 * types if joint else types, 3, bias=not joint)
+            for convolution in (self.from_v1, self.from_v2):             # a sum needs one beta only
+                if convolution.bias is not None:
+                    nn.init.ones_(convolution.bias)                      # deviation 6
         self.skip = nn.Conv2d(low, high, 3, stride, padding=1, bias=False) if skip else None
         self.norm = nn.BatchNorm2d(high)
-        squashed = squash_branches and coefficients is not None
-        self.branch_norms = nn.ModuleList(nn.BatchNorm2d(high) for _ in range(2 * squashed))
+        branches = 2 if squash_branches and coefficients is not None else 0
+        self.branch_norms = nn.ModuleList(nn.BatchNorm2d(high) for _ in range(branches))
         for norm in (self.norm, *self.branch_norms):
             nn.init.constant_(norm.weight, 1 / math.sqrt(out_dim))       # deviation 8
 
@@ -428,11 +431,12 @@ class CapConv(nn.Module):
         if self.coefficients == "fixed":
             m1 = m2 = torch.ones_like(v1[:, :self.types])
         elif self.coefficients == "both":
-            both = self.from_v1(v1) + self.from_v2(v2)
-            m1, m2 = both.unflatten(1, (self.types, 2)).unbind(2)
+            joint = self.from_v1(v1) + self.from_v2(v2)
+            m1, m2 = joint.unflatten(1, (self.types, 2)).unbind(2)
+        elif self.coefficients == "own":
+            m1, m2 = self.from_v1(v1), self.from_v2(v2)
         else:
-            own = self.from_v1(v1), self.from_v2(v2)
-            m1, m2 = own if self.coefficients == "own" else own[::-1]
+            m1, m2 = self.from_v2(v2), self.from_v1(v1)
         return v1, v2, m1, m2
 
     def forward(self, u, residual=None):
@@ -467,8 +471,8 @@ class CapFC(nn.Module):
 # ---- Optimal transport between two batches of samples --------------------------------------------
 # How far is one cloud of points from another?  Move the mass of the first onto the second along a
 # plan P, mass P_xy from x to y at the cost Q_xy, as cheaply as possible: <Q, P>.  If eps times the
-# entropy of P is a reward, the best plan is exp(-Q/eps) with its columns and rows scaled in turn
-# until both marginals are right (Sinkhorn).
+# entropy of P is subtracted from the cost, the best plan is exp(-Q/eps) with its columns and rows
+# scaled in turn until both marginals are right (Sinkhorn).
 
 def normalise(z):
     """z / |z| along the last axis; 0 stays 0, with a finite gradient."""
@@ -508,9 +512,9 @@ def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None):
     """Entropic transport plan between two uniform clouds, L Sinkhorn iterations.  [Eqs. (9), (10)]
 
     Q: (..., n, m) ground cost;  eps: in the units of Q;  iterations: L
-    q_max: a bound on Q that the caller knows, or None.  With q_max <= 60 eps the kernel exp(-Q/eps)
-        cannot underflow in float32, and its columns and rows are scaled as in Eq. (9); otherwise
-        the same iteration runs on logarithms.
+    q_max: a known upper bound of Q, or None.  If q_max <= 60 eps, as for the cosine cost at the
+        paper's eps, exp(-Q/eps) cannot underflow in float32, and its columns and rows are scaled as
+        in Eq. (9); otherwise the same iteration runs on logarithms.
     -> P (..., n, m): rows sum to 1/n exactly (scaled last), columns to 1/m as L grows
     Deviation 1: columns before rows, as printed; the released code begins with the rows.  Eq. (9)
     prints b(l+1) = 1 / (K a(l)); a(0) is undefined, so a(l+1) is meant.
@@ -540,16 +544,16 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
     W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  POT and geomloss use half of this.
     x: (..., n, d);  y: (..., m, d);  cost: "cosine" or "l2";  eps, iterations: as sinkhorn_plan
     bias_fix: False gives W(x, y) alone   [Table 3 (d1)]
-    plan_grad: differentiate through the plan, too [Table 3 (d2)].  By default it is a constant,
-        which does slightly better in the paper (4.58 against 4.77) and saves the backward pass of
-        L iterations.  At the optimum P is the gradient of <Q, P> - eps entropy(P), so that what is
-        left out vanishes with eps.
+    plan_grad: differentiate through the plan as well [Table 3 (d2)].  By default it is a constant:
+        4.58 % error in the paper, 4.77 with the gradient, and no backward pass of L iterations.
+        The optimal plan is the gradient of the regularised cost with respect to Q, so that what is
+        left out vanishes as eps -> 0.
     -> (...), in the units of the cost
     """
     check_choice(("cosine", "l2"), cost=cost)
-    if not isinstance(y, Tensor):                            # x was checked by full_precision
-        raise TypeError(f"sinkhorn_divergence takes torch.Tensor, not {type(y).__name__}")
     for name, cloud in (("x", x), ("y", y)):
+        if not isinstance(cloud, Tensor):
+            raise TypeError(f"{name} is a {type(cloud).__name__}: must be a torch.Tensor")
         if cloud.dim() < 2 or 0 in cloud.shape[-2:]:
             raise ValueError(f"{name} has shape {tuple(cloud.shape)}: must be (..., samples, d), "
                              "both positive")
@@ -560,13 +564,14 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
         return 1 - x @ y.mT if cost == "cosine" else l2_cost(x, y)
 
     def W(Q):
-        P = sinkhorn_plan(Q if plan_grad else Q.detach(), eps, iterations,
-                          q_max=2.0 if cost == "cosine" else None)
-        return transport_cost(Q, P)
+        q_max = 2.0 if cost == "cosine" else None
+        plan = sinkhorn_plan(Q if plan_grad else Q.detach(), eps, iterations, q_max)
+        return transport_cost(Q, plan)
 
     if not bias_fix:
         return W(ground_cost(x, y))
     costs = ground_cost(x, y), ground_cost(x, x), ground_cost(y, y)
+    # Clouds of equal size make one batched problem of the three.
     xy, xx, yy = W(torch.stack(costs)) if x.shape == y.shape else map(W, costs)
     return 2 * xy - xx - yy
 
@@ -583,14 +588,14 @@ def kl_divergence(real, generated):
 
 
 # ---- Feedback agreement: the lower layer must be reconstructible from the higher one -------------
-# A generator makes a lower image of the higher one; an extractor makes short features of the real
-# and of the generated images of a batch; their divergence joins the loss.
+# A generator makes a lower image of the higher one; an extractor computes short feature vectors of
+# the real and of the generated images of a batch; their divergence is added to the loss.
 
 def gather(x):
     """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable.
 
-    Every rank computes the same divergence of them, so the gradient of a sample summed over ranks
-    is its own rank's times their number, which DistributedDataParallel's mean divides out.
+    Every rank, with equally many samples, computes the same divergence.  Gradients flow to its own
+    samples alone, times the number of ranks, as DistributedDataParallel averages over ranks.
     """
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
@@ -598,35 +603,36 @@ def gather(x):
     own = x.detach().contiguous()
     parts = [torch.empty_like(own) for _ in range(ranks)]
     dist.all_gather(parts, own)
-    parts[dist.get_rank()] = own + ranks * (x - own)
+    parts[dist.get_rank()] = own + ranks * (x - own)         # value of x, gradient times ranks
     return torch.cat(parts)
 
 
 def conv_bn(c_in, c_out, kernel_size=3, stride=1):
-    """Convolution and BatchNorm, [2]."""
+    """A list of convolution and BatchNorm."""
     return [nn.Conv2d(c_in, c_out, kernel_size, stride, kernel_size // 2, bias=False),
             nn.BatchNorm2d(c_out)]
 
 
 class FeedbackUnit(nn.Module):
-    """Divergence of the lower images of a batch from those generated from the higher.   [App. B]
+    """Divergence between real lower images and those generated from the higher ones.   [App. B]
 
     generator g:  high -> transposed 3x3 convolution, BatchNorm, ReLU, squash -> image like low
     extractor f:  image -> (3x3 convolution of stride 2, BatchNorm, ReLU) twice -> features (B, F)
     divergence between f(g(high)) and f(low)
 
-    Its gradient trains the generator, the extractor and, through both low and high, the layers of
-    the network below and above; nothing but the transport plan is a constant.
+    Its gradient trains the generator, the extractor and, through both images, the layers that
+    computed low and high; only the transport plan is treated as a constant (unless plan_grad).
     low, high: channels;  stride: the step from low to high
-    generator: "capsule", whose convolution is grouped by capsule type;  "vanilla", ungrouped and
-        without squash [Table 3 (d4)], for networks without capsules, too
+    generator: "capsule", its convolution grouped by capsule type, or "vanilla", ungrouped and
+        without squash [Table 3 (d4)], which networks without capsules use as well
     extractor: False compares raw pixels (d3);  divergence: "ot", or "kl" (b)
     cost, eps, iterations, bias_fix, plan_grad: of the transport, as sinkhorn_divergence
-    forward(low (B, low, H, W), high (B, high, H', W')) -> scalar
+    forward: low (B, low, H, W), high (B, high, H', W') -> scalar
     Deviation 3: the generator is grouped by type, as released; App. B prints "the dimension of
     input capsules", which would mix types here.  The extractor runs once, on real and generated
-    samples together, so that both meet the same batch statistics; where it would end in one number,
-    which has no gradient under cosine cost, its second stride is 1.
+    samples together, so that both share batch statistics.  Where features would be one number,
+    which has no gradient under cosine cost, its second stride is 1; images of 2x2 or less leave one
+    number all the same.
     """
 
     def __init__(self, low, high, types=32, stride=2, *, generator="capsule", extractor=True,
@@ -657,9 +663,10 @@ class FeedbackUnit(nn.Module):
     def extract(self, image):
         """f: image (B, low, H, W) -> features (B, F).
 
-        The cosine sees directions alone: once all features, real and generated, have the same one
-        positive position, divergence and gradient are 0 whatever the images are.  This is the
-        trivial minimum: features that distinguish no two samples.
+        The cosine compares directions only.  If the features of every sample, real or generated,
+        are positive in one position, the same for all, and 0 elsewhere, then divergence and
+        gradient are 0 whatever the images are: the trivial minimum, which distinguishes no two
+        samples.
         """
         if self.extractor is None:
             return image.flatten(1)
@@ -670,9 +677,9 @@ class FeedbackUnit(nn.Module):
 
     def features(self, low, high):
         """Features of the real and of the generated lower images, each (B, F), of all ranks."""
-        check_shape("high", high, "B high H W", B=low.shape[0])          # chunk would mix the two
-        both = torch.cat([low, self.generate(high, low.shape[-2:])])
-        real, generated = self.extract(both).chunk(2)
+        check_shape("high", high, "B high H W", B=low.shape[0])          # or chunk mixes the two
+        real_and_generated = torch.cat([low, self.generate(high, low.shape[-2:])])
+        real, generated = self.extract(real_and_generated).chunk(2)
         return gather(real), gather(generated)
 
     def forward(self, low, high):
@@ -682,10 +689,10 @@ class FeedbackUnit(nn.Module):
         return sinkhorn_divergence(generated, real, **self.sinkhorn)
 
 
-# ---- The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval and without a unit) ---
-# Each is a stem, modules if it has any, and scores.  EncapNet is convolution, four modules of
-# capConv, capFC; the six-layer networks of Table 1 share their first four convolutions; CNN and
-# ResNet are what they are compared with.
+# ---- The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval mode or without units)
+# Each has a stem, optional modules, and scores.  EncapNet is a convolution, four modules of capConv
+# and capFC.  CapNet and EncapNet6 share the first four convolutions of Table 1; CNN and ResNet are
+# what they are compared with.
 
 def conv_bn_relu(c_in, c_out, stride=1):
     return nn.Sequential(*conv_bn(c_in, c_out, 3, stride), nn.ReLU())
@@ -699,7 +706,7 @@ def capsules(image, types):
 class Network(nn.Module):
     """What all networks share; each adds its stem, image -> image, and scores, image -> (B, K).
 
-    sizes: further integers that must be positive;  logits: whether scores are logits or lengths
+    sizes: other arguments that must be positive;  logits: whether scores are logits or lengths
     """
 
     logits = False
@@ -708,11 +715,12 @@ class Network(nn.Module):
         super().__init__()
         check_positive(num_classes=num_classes, in_channels=in_channels, image_size=image_size,
                        **sizes)
-        self.image = {"C": in_channels, "H": image_size, "W": image_size}
+        self.input_sizes = {"C": in_channels, "H": image_size, "W": image_size}
         self.blocks, self.units, self.feedback = (), (), 0
 
     def add_units(self, feedback, channels, strides, **options):
-        """One unit per module, output -> input, or two, also output -> type II input."""
+        """feedback: 1, a unit from the output to the input of every module; 2, another from its
+        output to the output of its first layer."""
         check_choice((0, 1, 2), feedback=feedback)
         self.units, self.feedback = nn.ModuleList(), feedback
         for low, high, stride in zip(channels[:-1], channels[1:], strides, strict=True):
@@ -729,7 +737,7 @@ class Network(nn.Module):
         return u, images
 
     def forward(self, x):
-        check_shape("x", x, "B C H W", **self.image)
+        check_shape("x", x, "B C H W", **self.input_sizes)
         u, images = self.walk(self.stem(x))
         feedback = u.new_zeros(())
         if self.training:
@@ -747,22 +755,22 @@ class EncapModule(nn.Module):
     def __init__(self, in_dim, out_dim, depth, stride, skip, **options):
         super().__init__()
         self.type_II_skip = skip in ("both", "II")
-        self.reduce = CapConv(in_dim, out_dim, 3, stride, skip=skip in ("both", "I"), **options)
-        self.chain = nn.ModuleList(CapConv(out_dim, out_dim, 1, **options) for _ in range(depth))
+        self.type_I = CapConv(in_dim, out_dim, 3, stride, skip=skip in ("both", "I"), **options)
+        self.type_II = nn.ModuleList(CapConv(out_dim, out_dim, 1, **options) for _ in range(depth))
 
     def forward(self, u):
-        first = v = self.reduce(u)
-        for layer in self.chain[:-1]:
+        first = v = self.type_I(u)
+        for layer in self.type_II[:-1]:
             v = layer(v)
-        return first, self.chain[-1](v, residual=first if self.type_II_skip else None)
+        return first, self.type_II[-1](v, residual=first if self.type_II_skip else None)
 
 
 class EncapNet(Network):
     """Convolution, capConv modules, capFC.   [Table 2]
 
-    depths: N of each module;  dims: capsule dimension before and after each;  types: capsule types
+    depths: N of each module;  dims: capsule dimensions, one more than depths;  types: capsule types
     coefficients, aide_kernel, squash_branches: as CapConv; coefficients also one per module
-    skip: "both", "I", "II" or None [Table 3 (5-7)];  stem_stride: 4 for images of 128 and more
+    skip: "both", "I", "II" or None [Table 3 (5-7)];  stem_stride: use 4 for images of 128 or more
     feedback: units per module, 0, 1, 2;  further keywords go to FeedbackUnit
     Deviation 9: the stem M0 is convolution, BatchNorm, ReLU, not squashed; the vanilla generator of
     Table 3 (d4) keeps BatchNorm and ReLU and drops grouping and squash.
@@ -796,7 +804,7 @@ class EncapNet(Network):
 
 
 def six_layer_stem(in_channels, types):
-    """The four convolutions that the networks of Table 1 share: (B, 8*types, H/4, W/4).
+    """Four convolutions -> (B, 8*types, ceil(H/4), ceil(W/4)).   [App. A.i]
 
     App. A prints "stride and padding is 3 and 1", which means kernel 3, padding 1.
     """
@@ -807,8 +815,8 @@ def six_layer_stem(in_channels, types):
 class EncapNet6(Network):
     """Table 1 (e), (f): four convolutions, a capConv 8 -> 16 from 8x8 to 4x4, capFC.   [App. A.i]
 
-    Deviation 11: stride 2 and the skip stand in the authors' logs, not in the paper; with them (e)
-    has the parameters that Table 1 prints, 25.8 Mb of 16 bits each.
+    Deviation 11: stride 2 and the skip come from the authors' logs, not from the paper; with them
+    (e) has the parameters that Table 1 prints (25.8 Mb, 16 bits per parameter).
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32,
@@ -827,9 +835,9 @@ class EncapNet6(Network):
 class CapNet(Network):
     """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
 
-    Both routed layers have a bias, as the logged number of parameters shows.
+    Both routed layers have a bias, as the logged number of parameters implies.
     routing, iterations, softmax, standardised, b_init, factored: as RoutedCapsules
-    fifth_conv: one more 3x3 convolution before the capsules, as deep as the other rows of Table 1
+    fifth_conv: one more 3x3 convolution before the capsules: the depth of Table 1's other rows
     Deviation 10: the activation of a lower capsule of EM is the sigmoid, not the released ReLU, of
     BatchNorm of a convolution; a class score is |squash(mu)|, not the activation.
     """
@@ -855,7 +863,7 @@ class CapNet(Network):
         u = capsules(image, self.types)                                  # (B, G, P, 8)
         if self.routing == "em":
             pose, a = first(u, self.activation(image).flatten(1))        # (B, G*P, 16), (B, G*P)
-            v = squash(last(pose.unflatten(1, u.shape[1:3]), a)[0])      # classes compete by length
+            v = squash(last(pose.unflatten(1, u.shape[1:3]), a)[0])      # scores are lengths
         else:
             v = last(first(u).unflatten(1, u.shape[1:3]))
         return v.norm(dim=-1)
@@ -909,10 +917,10 @@ class ResidualModule(nn.Module):
 
 
 class ResNet(Network):
-    """The residual network with EncapNet's input and output shapes.   [Table 2]
+    """The residual network whose modules have EncapNet's shapes.   [Table 2]
 
     blocks: n of each module, 2 + 2 sum(n) layers;  width: factor on 32, 64, 128, 256, 512 channels
-    feedback: units per module, 0, 1, 2, generator vanilla;  further keywords go to FeedbackUnit
+    feedback: units per module, 0, 1, 2;  generator and further keywords go to FeedbackUnit
     """
 
     logits = True
@@ -936,8 +944,8 @@ class ResNet(Network):
 # ---- Registry: a model is a class and the keywords that make it ----------------------------------
 
 class Model(NamedTuple):
-    """A class of network and its keywords; how many parameters it has for ten classes and colour
-    images of this size, feedback units included."""
+    """A network's class, its keywords, and its number of parameters for 10 classes and RGB images
+    of this size, feedback units included."""
 
     network: type
     keywords: dict
@@ -948,13 +956,13 @@ class Model(NamedTuple):
 V2 = dict(depths=(23, 24, 24, 24), coefficients=(None, None, "both", "both"), stem_stride=4,
           feedback=2)
 SMALL = dict(depths=(1, 1, 1), dims=(2, 4, 8, 16), types=8, stem_stride=2, feedback=1,
-             aide_kernel=3)                                 # 3x3, so that a CPU has it sooner
+             aide_kernel=3)                                  # 3x3: faster on a CPU
 
 MODELS = {
     "encapnet": Model(EncapNet, dict(feedback=2), 16_333_608),               # v1, 18 layers
     "encapnet-v2": Model(EncapNet, V2, 76_369_768, image_size=128),          # 101 layers
     "encapnet-v3": Model(EncapNet, V2, 76_538_728, image_size=224),          # v2 on larger images
-    "encapnet-small": Model(EncapNet, SMALL, 428_362),                       # the default on digits
+    "encapnet-small": Model(EncapNet, SMALL, 428_362),                       # train.py's default
     "encapnet6": Model(EncapNet6, dict(coefficients="both"), 4_881_248),     # Table 1 (f)
     "encapnet6-master": Model(EncapNet6, dict(coefficients=None), 1_688_352),            # (e)
     "capnet-dynamic": Model(CapNet, dict(routing="dynamic"), 9_913_120),                 # (a)
@@ -966,7 +974,7 @@ MODELS = {
 
 
 def keywords(cls):
-    """Names of the keywords that a network takes, with FeedbackUnit's where it hands them on."""
+    """Names of the keywords that a network takes, with FeedbackUnit's if it forwards them."""
     parameters = inspect.signature(cls).parameters
     names = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     return names | keywords(FeedbackUnit) if "unit_options" in parameters else names
@@ -975,7 +983,7 @@ def keywords(cls):
 def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
     """A network of the paper by name, any keyword of its class overridden.   [Tables 1, 2, 3, 5]
 
-    image_size: None is the registry's
+    image_size: None uses the registered size
     -> model;  model(x (B, in_channels, image_size, image_size)) -> scores (B, K), feedback ()
     """
     check_choice(tuple(MODELS), name=name)
@@ -984,7 +992,8 @@ def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: must be one of "
                          f"{', '.join(sorted(keywords(cls)))} for {name}")
-    return cls(num_classes, in_channels, image_size or usual_size, **{**defaults, **overrides})
+    image_size = usual_size if image_size is None else image_size
+    return cls(num_classes, in_channels, image_size, **{**defaults, **overrides})
 
 
 # ---- Appendix: grouped convolution on a CPU, and routing without votes ---------------------------
@@ -992,8 +1001,8 @@ def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
 class GroupedConv(nn.Conv2d):
     """nn.Conv2d in which each capsule type has its own kernel, `groups=types`: the same result.
 
-    A CPU computes 8 output channels at once, so that the 1 to 4 of a single type take as long.
-    Therefore types are computed together, up to 8 output channels in a group, with weights of 0
+    A CPU computes 8 output channels at once, so that a type with 1 to 4 wastes most of them.
+    Therefore types are computed together, up to 8 output channels per group, with weights of 0
     between types: 1.25 to 1.5 times as fast in EncapNet.
     """
 
@@ -1008,11 +1017,11 @@ class GroupedConv(nn.Conv2d):
                         self.padding, self.dilation, self.groups // together)
 
 
-# The P capsules of type g share w_gj, so v_hat_ij = w_gj u_i is an operator, not a tensor: the
-# 2,048 x 2,048 votes of 16 numbers in Table 1's layer would take 268 MB for every sample.
+# The P capsules of type g share w_gj, so the votes w_gj u_i need not be stored: the 2,048 x 2,048
+# votes of 16 numbers in Table 1's layer would take 268 MB for every sample.
 #
-# Dynamic.  Routing uses a vote twice.  After r iterations
-#     b_ij = v_hat_ij . (v_1 + .. + v_r) = u_i . query_gj,   query_gj = w_gj^T (v_1 + .. + v_r)
+# Dynamic.  Routing uses a vote twice.  After t iterations, with V_j the sum of their v_j,
+#     b_ij = b0_ij + v_hat_ij . V_j = b0_ij + u_i . query_gj,    query_gj = w_gj^T V_j
 #     s_j  = sum_i c_ij w_gj u_i         = sum_g w_gj (sum_p c_ij u_i)
 # so agreement is an inner product of 8 numbers, and inputs are pooled before they are mapped.
 #
@@ -1026,14 +1035,14 @@ class GroupedConv(nn.Conv2d):
 # T2 = sum r x x^T.  With delta_g = vote_g - mean
 #     mass = sum_g T0
 #     mean = sum_g (T0 vote_g + w T1) / mass
-#     var  = sum_g (w T2 w^T + 2 delta_g w T1 + T0 delta_g^2) / mass
-# In the E-step, the distance of a vote from the last mean is a polynomial in x, too:
+#     var  = sum_g (diag(w T2 w^T) + 2 delta_g w T1 + T0 delta_g^2) / mass
+# In the E-step, the distance of a vote from the last mean is also a polynomial in x:
 #     sum_d (vote_i - mean)^2 h = sum_d ((w x)^2 + 2 delta_g (w x) + delta_g^2) h,  h = 1 / (2 var)
 #
-# Both go through in blocks of about BLOCK numbers, which backward computes again, so that neither
-# the votes nor, in Table 1's layer, the n_in x n_out coefficients ever live at once.
+# Both work in blocks, recomputed in the backward pass, so that neither the votes nor, in Table 1's
+# layer, the n_in x n_out coefficients are ever stored at once.
 
-BLOCK = 2 ** 20                                              # maximum number of elements per array
+BLOCK = 2 ** 20                              # about how many elements an array has, EM's up to 4x
 checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
                      preserve_rng_state=False)
 
@@ -1043,8 +1052,8 @@ def pool(u, query, b0, softmax):
     b = u @ query + b0                                                   # (B, G, P, j)
     if softmax == "out":
         return u.mT @ b.softmax(-1)
-    c = (b - b.detach().amax((1, 2), keepdim=True)).exp()                # not yet normalised
-    return u.mT @ c / c.sum((1, 2), keepdim=True)                        # here (e, j), not (P, j)
+    c = (b - b.detach().amax((1, 2), keepdim=True)).exp()
+    return u.mT @ c / c.sum((1, 2), keepdim=True)                        # e*j divisions, not P*j
 
 
 def dynamic_iterations(u, weight, b0, iterations, softmax):
@@ -1054,31 +1063,32 @@ def dynamic_iterations(u, weight, b0, iterations, softmax):
     """
     B, G, P, e = u.shape
     weight = weight.permute(2, 0, 1, 3).flatten(1, 2)                    # (j, G*e, d)
-    query, v_sum = u.new_zeros(B, G, e, len(weight)), 0
-    for r in range(iterations):
+    query, V = u.new_zeros(B, G, e, len(weight)), 0
+    for t in range(iterations):
         pooled = pool(u, query, b0, softmax).flatten(1, 2).permute(2, 0, 1)    # (j, B, G*e)
         v = squash(pooled @ weight)                                      # (j, B, d)
-        if r < iterations - 1:
-            v_sum = v_sum + v
-            query = (v_sum @ weight.mT).permute(1, 2, 0).unflatten(1, (G, e)).contiguous()
+        if t < iterations - 1:
+            V = V + v
+            query = (V @ weight.mT).permute(1, 2, 0).unflatten(1, (G, e)).contiguous()
     return v.transpose(0, 1)
 
 
-@torch.compiler.disable                                      # compiled, its loops would be unrolled
+@torch.compiler.disable                                      # torch.compile would unroll its loops
 def dynamic_without_votes(u, weight, iterations=3, softmax="in", b0=None):
     """dynamic_routing of the votes w u.   u: (B, G, P, e);  weight: (G, e, j, d) -> v (B, j, d)
 
     With the softmax over i this is iterated attention: queries v_j, keys and values u_i.  Then
-    higher capsules never interact, and they go in blocks as samples do, 64 or more of them.
-    Over j they compete and stay together.
+    higher capsules never interact, and are split into blocks, as samples are; over j they compete
+    and stay together.
     """
     B, G, P, _ = u.shape
     n_out = weight.shape[2]
     b0 = u.new_zeros(G, P, 1).expand(G, P, n_out) if b0 is None else b0.unflatten(0, (G, P))
-    capsules_per_block = 64 if softmax == "in" else n_out
-    samples = max(1, BLOCK // (capsules_per_block * G * P))
-    if softmax == "in":                                                  # more if samples are few
+    if softmax == "in":                                      # 64 capsules, more if samples are few
+        samples = max(1, BLOCK // (64 * G * P))
         capsules_per_block = max(1, BLOCK // (min(samples, B) * G * P))
+    else:
+        samples, capsules_per_block = max(1, BLOCK // (n_out * G * P)), n_out
     blocks = list(zip(weight.split(capsules_per_block, 2), b0.split(capsules_per_block, 2),
                       strict=True))
     return torch.cat([
@@ -1087,7 +1097,7 @@ def dynamic_without_votes(u, weight, iterations=3, softmax="in", b0=None):
 
 
 def products(x, dim, double):
-    """Products x_a x_b, a <= b, along an axis dim < 0, those with a < b times `double`."""
+    """Of (x1, x2): x1^2, x1 x2, x2^2, along an axis dim < 0; mixed ones times `double`."""
     size = x.shape[dim]
     a, b = torch.triu_indices(size, size, device=x.device)
     scale = torch.where(a < b, double, 1).to(x).view(-1, *[1] * (-1 - dim))
@@ -1116,7 +1126,7 @@ def em_moments(monomials, log_a, centre, weight, mean=None, var=None, log_aj=Non
             (delta.square() * h[:, None]).sum(-1)[:, :, None]], 2)
         log_p = -(2 * math.pi * var).log().sum(-1)[:, None, None] / 2 - distance
         log_r = em_assignment(log_p, log_aj[:, None, None], standardised) + log_a
-    top = log_r.detach().amax((1, 2), keepdim=True)
+    top = log_r.detach().amax((1, 2), keepdim=True)          # (B, 1, 1, j), or 1 for j in the first
     r = (log_r - top).exp()
     sums = (monomials @ r).expand(-1, -1, -1, n_out)                     # (B, g, f, j)
     T2, T1, T0 = sums.split((sums.shape[2] - e - 1, e, 1), 2)
@@ -1132,19 +1142,19 @@ def em_moments(monomials, log_a, centre, weight, mean=None, var=None, log_aj=Non
 
 def em_merge(parts):
     """Moments over all types from those over some: log mass (B, j), mean and var (B, j, d)."""
-    log_mass, mean, var = map(torch.stack, zip(*parts, strict=True))
+    log_mass, means, var = map(torch.stack, zip(*parts, strict=True))
     share = log_mass.softmax(0)[..., None]                               # (parts, B, j, 1)
-    mu = (share * mean).sum(0)
-    var = (share * (var + (mean - mu).square())).sum(0)                  # law of total variance
-    return log_mass.logsumexp(0), mu, var.clamp_min(0) + 1e-8
+    mean = (share * means).sum(0)
+    var = (share * (var + (means - mean).square())).sum(0)               # law of total variance
+    return log_mass.logsumexp(0), mean, var.clamp_min(0) + 1e-8
 
 
-@torch.compiler.disable                                      # compiled, its loops would be unrolled
+@torch.compiler.disable                                      # torch.compile would unroll its loops
 @full_precision
 def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3, standardised="both"):
     """em_routing of the votes w u.   u: (B, G, P, e);  weight: (G, e, j, d);  activation: (B, G*P)
 
-    -> pose (B, j, d), activation (B, j);  samples and types go in blocks, backward recomputes each
+    -> pose (B, j, d), activation (B, j), by blocks of samples and of types
     """
     B, G, P, e = u.shape
     n_out, d = weight.shape[2:]
@@ -1163,11 +1173,11 @@ def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3, standa
     inputs = (t.split(types_per_block, 1) for t in (monomials, log_a, centre))
     weights = weight.permute(2, 1, 0, 3).split(types_per_block, 2)       # (j, e, g, d)
     blocks = list(zip(*inputs, weights, strict=True))
-    state = ()
-    for r in range(iterations):
-        parts = [checkpoint(em_moments, *block, *state, standardised=standardised)
+    last_m_step = ()                                         # before the first R is uniform
+    for t in range(iterations):
+        parts = [checkpoint(em_moments, *block, *last_m_step, standardised=standardised)
                  for block in blocks]
-        log_mass, mu, var = checkpoint(em_merge, parts)
-        log_aj = em_activation(log_mass, var, beta_v, beta_a, r)
-        state = mu, var, log_aj
-    return mu, log_aj.exp()
+        log_mass, mean, var = checkpoint(em_merge, parts)
+        log_aj = em_activation(log_mass, var, beta_v, beta_a, t)
+        last_m_step = mean, var, log_aj
+    return mean, log_aj.exp()

@@ -914,7 +914,8 @@ def test_lengths_start_alike_for_every_dimension(d, options):
         v.unflatten(1, (8, d)).norm(dim=2).mean().item()))
     layer(randn(64, 32, 8, 8, dtype=torch.float32))
     if not layer.branch_norms:                          # squashed branches are no longer Gaussian
-        assert lengths[0] == pytest.approx({1: .17, 2: .21, 4: .25, 8: .28, 16: .30}[d], abs=.02)
+        want = {1: .17, 2: .21, 4: .25, 8: .28, 16: .30}[d]
+        assert lengths[0] == pytest.approx(want, abs=.02)
     norms = [m for m in layer.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == (3 if options.get("squash_branches") else 1)
     for norm in norms:
@@ -1304,7 +1305,7 @@ def test_the_registry_counts_parameters_at_its_image_size(name):
     with torch.device("meta"):
         model = build(name)
     assert sum(p.numel() for p in model.parameters()) == MODELS[name].parameters
-    assert model.image["H"] == {"encapnet-v2": 128, "encapnet-v3": 224}.get(name, 32)
+    assert model.input_sizes["H"] == {"encapnet-v2": 128, "encapnet-v3": 224}.get(name, 32)
 
 
 @pytest.mark.parametrize("routing", ["dynamic", "em"])

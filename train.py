@@ -23,6 +23,7 @@ each process's BatchNorm sees its own part, so that two do not train exactly as 
 import argparse
 import dataclasses
 import itertools
+import os
 import re
 import sys
 from functools import partial
@@ -104,6 +105,7 @@ def parse(arguments):
     for name, kind in (("set", dict), ("milestones", tuple)):
         if name in given:
             given[name] = kind(given[name])
+    given |= {k: os.path.expanduser(v) for k, v in given.items() if isinstance(v, str)}
     return found, given
 
 

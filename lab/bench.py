@@ -126,7 +126,7 @@ def bench_step(config, seconds=3.0):
     say(f"{config.model}, {line['parameters']:,} parameters, batch {config.batch_size}, "
         f"{config.image_size}x{config.image_size}, {line['device']}: "
         f"{line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms ({split}), "
-        f"peak memory of weights and step {peak / 1e6:,.0f} MB")
+        f"peak memory of its tensors {peak / 1e6:,.0f} MB")
     if rank() == 0:
         record({"bench": line})
 

@@ -95,8 +95,7 @@ AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-
 @dataclasses.dataclass
 class Config:
     dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
-    data_path: str = data_option("data", help="where data sets are, or go", free=True,
-                                 type=os.path.expanduser)
+    data_path: str = data_option("data", help="where data sets are, or go", free=True)
     image_size: int = data_option(0, help="one number, the side of the square that the network "
                                   "sees: other shapes are resized by the short side, and the "
                                   "middle is cut out; 0: the data set's")
@@ -109,8 +108,7 @@ class Config:
                                help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
     flip: bool = data_option(False, help="mirror training images at random (folder, ++: yes; "
                              "digits of any kind: no)")
-    class_list: str = data_option("", help="h-imagenet: a file of other classes",
-                                  type=os.path.expanduser)
+    class_list: str = data_option("", help="h-imagenet: a file of other classes")
     unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
                                   "report; trust: do not look beforehand", free=True,
                                   choices=("stop", "skip", "trust"))
@@ -120,8 +118,7 @@ class Config:
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
     init: str = model_option("", help="start from the weights of another run, its folder; where "
-                             "classes differ, the class layer starts anew", metavar="RUN",
-                             type=os.path.expanduser)
+                             "classes differ, the class layer starts anew", metavar="RUN")
     loss: str = model_option("", help="networks with logits: ce, others: margin",
                              choices=("margin", "spread", "spread-fixed", "ce"))
     lam: float = model_option(10.0, help="weight of the feedback divergence")
@@ -136,10 +133,9 @@ class Config:
                                    "of them (folder, recipe fast: yes, but with --batch-size)")
     epochs: int = train_option(600, help="scales the milestones with it", free=True)
     steps: int = train_option(0, help="instead of --epochs: as many as make about N steps "
-                              "(folder: 500)", metavar="N")
+                              "(folder: 400)", metavar="N")
     clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
-                               "never, as in the paper; digits, folder, recipe fast: 1",
-                               metavar="NORM")
+                               "never, as in the paper; every other recipe: 1", metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
@@ -151,11 +147,9 @@ class Config:
     channels_last: bool = run_option(False, help="memory format of images and convolutions")
     deterministic: bool = run_option(False, help="bit-exact on a GPU too, slower")
     output_dir: str = run_option("", help="folder of the run; goes on if one is there already "
-                                 "(default: a new one in runs/)", metavar="DIR",
-                                 type=os.path.expanduser)
+                                 "(default: a new one in runs/)", metavar="DIR")
     resume: str = run_option(None, help="go on with a run as it was asked for: its folder, or the "
-                             "newest unfinished in runs/", nargs="?", const="", metavar="PATH",
-                             type=os.path.expanduser)
+                             "newest unfinished in runs/", nargs="?", const="", metavar="PATH")
     save_every: float = run_option(60.0, help="seconds between checkpoints, 0: every step")
     print_freq: int = run_option(50, help="steps between looks at the loss", type=number(1))
 
@@ -164,7 +158,7 @@ PAPERS = {name: dict(batch_size=256) for name in ("h-imagenet", "imagenet")}   #
 OURS = {    # settings that learn in minutes on a CPU
     "digits": dict(model="encapnet-small", epochs=2, schedule="one-cycle", lr=3e-3, batch_size=64,
                    lam=0.1, clip=1.0, train_images=16000, test_images=2000, channels_last=True),
-    "folder": dict(model="encapnet-small", steps=500, schedule="one-cycle", lr=3e-3, batch_size=64,
+    "folder": dict(model="encapnet-small", steps=400, schedule="one-cycle", lr=3e-3, batch_size=64,
                    fit_batch=True, lam=0.1, clip=1.0, augment="+", flip=True, channels_last=True),
 }
 FAST = dict(schedule="one-cycle", epochs=30, batch_size=512, fit_batch=True, lr=4e-3, clip=1.0)

@@ -11,19 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lab import folders
 from lab.config import Config
 from lab.digits import draw_digits
-from lab.folders import (
-    HELD_BYTES,
-    Files,
-    chosen,
-    drawn_by,
-    file_stamp,
-    files_below,
-    load_folder,
-    load_h_imagenet,
-    split_folder,
-)
+from lab.folders import Files, chosen, drawn_by, file_stamp, files_below, split_folder
 from lab.results import data_name
 from lab.runtime import Problem, count, rank, reason, say, world
 
@@ -135,7 +126,8 @@ def load_torchvision(config, held):
 
 
 LOADERS = {"digits": load_digits, **dict.fromkeys(TORCHVISION, load_torchvision),
-           "folder": load_folder, "h-imagenet": load_h_imagenet, "imagenet": load_folder}
+           "folder": folders.load_folder, "h-imagenet": folders.load_h_imagenet,
+           "imagenet": folders.load_folder}
 
 
 def load_data(config, device):
@@ -167,7 +159,7 @@ def read_data(device, fields, files):
     for images, labels in splits:
         if isinstance(images, Tensor) and images.shape[-1] != held:
             images = fit_side(fit_side(images, side), held)
-        if isinstance(images, Tensor) and images.nbytes <= HELD_BYTES:
+        if isinstance(images, Tensor) and images.nbytes <= folders.HELD_BYTES:
             images = images.contiguous().to(device)
         halves.append(Split(images, labels.to(device)))
     if len(classes) < 2:
@@ -180,8 +172,8 @@ def files_now(config):
     """What tells the image files of a Config from those that lay there before."""
     if LOADERS[config.dataset] in (load_digits, load_torchvision):
         return None
-    folders = [split_folder(Path(config.data_path), split) for split in ("train", "test")]
-    files = itertools.chain([config.class_list], *map(files_below, folders))
+    splits = [split_folder(Path(config.data_path), split) for split in ("train", "test")]
+    files = itertools.chain([config.class_list], *map(files_below, splits))
     return hash(tuple((file, *file_stamp(file)) for file in files))
 
 

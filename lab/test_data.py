@@ -454,6 +454,61 @@ def test_a_folder_of_images_of_every_kind(cli):
     assert_one_line(cli("--dataset folder --data-path own --epochs 1", NARROW), "one class, ramp")
 
 
+RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
+SCALES = {"float, to 1": (RAMP / np.float32(255), "tif"),
+          "float, to 255": (RAMP.astype(np.float32), "tif"),
+          "12 bits": (RAMP.astype(np.uint16) * 16, "png"),
+          "16 bits": (RAMP.astype(np.uint16) * 257, "png"),
+          "8 bits in 32": (RAMP.astype(np.int32), "tif"), "mask": (RAMP > 128, "png")}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_pixels_of_every_scale_are_what_they_look_like(kind, tmp_path):
+    pixels, suffix = SCALES[kind]
+    Image.fromarray(pixels).save(tmp_path / f"x.{suffix}")
+    want = torch.tensor(255 * (RAMP > 128) if kind == "mask" else RAMP).int()
+    for image in (tmp_path / f"x.{suffix}", pixels):
+        assert (decode(image, 32).int() - want).abs().max() <= 1
+
+
+@pytest.mark.parametrize("values", [(-1, 1), (0, 1e6), (0, np.nan)])
+def test_pixels_of_no_known_scale_are_refused_by_name(values, copy, cli):
+    pixels = np.resize(np.float32(values), (32, 32))
+    Image.fromarray(pixels).save(copy / "train/ant/odd.tif")
+    assert_one_line(cli(COPY), "train/ant/odd.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    """Its left half; the right half is half so, and what it has of black comes out grey."""
+    if mode == "P":
+        image = Image.new("P", (32, 32), 0)
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.save(tmp_path / "x.png", transparency=bytes([0, 127]))
+        image.paste(1, (16, 0, 32, 32))
+        image.save(tmp_path / "x.png", transparency=bytes([0, 128]))
+    else:
+        alpha = Image.new("L", (32, 32), 0)
+        alpha.paste(128, (16, 0, 32, 32))
+        image = Image.new(mode, (32, 32), 0)
+        image.putalpha(alpha)
+        image.save(tmp_path / "x.png")
+    found = decode(tmp_path / "x.png", 32).int()
+    assert (found[:, :, :16] == 255).all() and (found[:, :, 16:] - 127).abs().max() <= 6
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_picture_with_a_damaged_exif_block_is_read_a_damaged_picture_is_not(suffix, tmp_path):
+    file = tmp_path / f"x.{suffix}"
+    Image.fromarray(RAMP).save(file, exif=b"Exif\0\0no block")
+    assert (decode(file, 32)[0].int() - torch.tensor(RAMP).int()).abs().max() <= 8
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, exif=b"Exif\0\0no block")
+    file.write_bytes(file.read_bytes()[:-3000])
+    with pytest.raises(OSError):
+        decode(file, 32)
+
+
 @pytest.fixture
 def copy(place, pictures):
     return Path(shutil.copytree(pictures, place / "copy"))
@@ -470,6 +525,73 @@ def test_unreadable_images_stop_or_are_skipped_with_a_report(copy, cli):
     done = cli(COPY, "--unreadable skip")
     assert done.code == 0 and "skipped: 2 of 36 images" in done.out
     assert "copy: 34 + 15 images" in done.out
+
+
+def test_hidden_files_and_circles_of_links_are_passed_over(copy, cli, trained):
+    """By training and by --predict; a folder within a class, and a link to one, are looked into."""
+    other = copy / "train/ant/0.png"
+    for name in ("train/ant/._0.png", "train/.hidden/0.png", "train/ant/.ipynb_checkpoints/0.png",
+                 "train/__MACOSX/0.png", "test/__MACOSX/0.png", "train/ant/__MACOSX/0.png",
+                 "train/ant/deep/er/0.JFIF", "linked/0.png", "linked/1.png"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(other, copy / name)
+    for name, target in (("train/ant/loop", "."), ("train/ant/deep/loop", "../.."),
+                         ("train/bee/up", "../.."), ("train/all", "."), ("train/ant/link",
+                                                                          "../../linked"),
+                         ("linked/back", "../train/ant")):
+        (copy / name).symlink_to(target)
+    done = cli(COPY)
+    assert done.code == 0 and "copy: 39 + 15 images, 3 classes" in done.out, done
+    seen = cli(f"--resume {trained} --predict copy/train/ant").out.splitlines()
+    assert len(seen) == 15 and not [line for line in seen if "/." in line or "MACOSX" in line]
+
+
+def test_files_that_are_no_images_are_counted_once_a_folder(copy, cli):
+    for name in ("train/ant/a.heic", "train/bee/b.txt", "train/bee/c.txt"):
+        (copy / name).write_text("")
+    told = [line for line in cli(COPY).out.splitlines() if ".heic" in line]
+    assert len(told) == 1 and "3 files" in told[0] and ".txt" in told[0]
+
+
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(copy, cli):
+    (copy / "train/ant/gone.png").symlink_to("nowhere.png")
+    assert_one_line(cli(COPY), "1 of 37 images", "gone.png", "skip")
+    assert "copy: 36 + 15 images" in cli(COPY, "--unreadable skip").out
+
+
+def test_a_class_without_a_training_image_is_never_silent(copy, cli):
+    """Of which skipping left none: refused; which --train-images left out: said."""
+    done = cli(COPY, "--train-images 2")
+    assert done.code == 0 and "no training image of 1 class" in done.out
+    for file in (copy / "train/bee").iterdir():
+        file.write_text("no image")
+    assert_one_line(cli(COPY, "--unreadable skip --output-dir run"), "bee")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("colour, told", [((9, 9, 9), True), ((9, 9, 10), True), (None, False)])
+def test_images_of_one_colour_are_told_before_training(colour, told, copy, cli):
+    for file in (copy / "train").glob("*/*"):
+        if colour:
+            Image.new("RGB", (32, 32), colour).save(file)
+    lines = cli(COPY).out.splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("epoch"))
+    assert any("of one colour" in line for line in lines[:first]) is told
+
+
+@pytest.mark.parametrize("change", [
+    lambda root: shutil.copytree(root / "train/ant", root / "train/dog"),
+    lambda root: (root / "train/ant/0.png").unlink(),
+    lambda root: Image.new("RGB", (32, 32), "red").save(root / "test/bee/1.png"),
+], ids=["class", "image", "content"])
+def test_a_folder_that_changed_is_read_anew_in_the_same_process(change, copy):
+    fields = dict(dataset="folder", data_path=str(copy), recipe="paper")
+    before = load(**fields)
+    assert load(**fields) is before                       # a table's rows read their data once
+    change(copy)
+    after = load(**fields)
+    assert (after.classes, after.source, after.test.images.tolist()) != \
+        (before.classes, before.source, before.test.images.tolist())
 
 
 def test_folder_layouts_that_cannot_work(copy, cli):

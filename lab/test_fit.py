@@ -777,24 +777,28 @@ def digits():
 
 @pytest.mark.parametrize("model", encapnet.MODELS)
 def test_a_step_in_bfloat16_is_near_the_one_in_float32(model, digits, trial):
+    """Its gradient is off by no more than some times what rounding the weights alone to bfloat16
+    makes of the float32 one: activations and products are rounded as well, layer by layer.  (Seen:
+    1 to 7 times; how far that is, from 4 to 200 %, is a matter of the seed.)"""
     images, labels = digits
     split, moments = Split(images, labels), torch.full((3,), .5)
     data = Data("digits", [str(k) for k in range(10)], split, split, 32, moments, moments / 2)
     trial(data)
     more = {"stem_stride": 1} if model.startswith("encapnet-v") else {}
     found = []
-    for amp in (False, True):
+    for amp, rounded in ((False, False), (True, False), (False, True)):
         run = build(data, model=model, set={**NARROW[model], **more}, image_size=32, amp=amp,
                     optimizer="sgd", weight_decay=0., lam=.1)
+        for p in run.net.parameters() if rounded else ():
+            p.data = p.data.bfloat16().float()
         seen = watch(run)
         values = fit.train_step(run, images, labels, torch.rand(16, 7))
         found.append((values, seen[0][1]))
-    (values, gradient), (half, half_gradient) = found
+    (values, gradient), (half, half_gradient), (_, rounded_gradient) = found
     assert half.isfinite().all() and half_gradient.isfinite().all()
     assert not torch.equal(gradient, half_gradient)
     torch.testing.assert_close(half[:2], values[:2], rtol=.05, atol=.02)
-    assert F.cosine_similarity(gradient, half_gradient, dim=0) > .7, model
-    assert .5 < half_gradient.norm() / gradient.norm() < 2
+    assert (half_gradient - gradient).norm() < 10 * (rounded_gradient - gradient).norm()
 
 
 # ---- Learning ------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def ablations_of(config):
     (coefficients, squashed), = {(m.coefficients, len(m.branch_norms) == 2) for m in layers}
     aides = {(m.master.weight.shape[-1], m.aide.weight.shape[-1] if m.coefficients else None)
              for m in layers}                                          # every layer is alike
-    skips = " ".join(["I"] * (module.reduce.skip is not None) + ["II"] * module.type_II_skip)
+    skips = " ".join(["I"] * (module.type_I.skip is not None) + ["II"] * module.type_II_skip)
     built = dict(coefficients=coefficients, aide=tuple(dict(aides)[kernel] for kernel in (3, 1)),
                  squashed=squashed, skips=skips, lam=config.lam)
     assert len(aides) == 2
@@ -299,7 +299,7 @@ def test_seeds_are_counted_from_seed(cli, faked):
 def test_a_runs_last_words_are_of_its_last_epoch_and_name_the_best(crops, note, cli, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda config: result(
         config, error=12.5, epochs=3, seconds=83, folder="there", multi_crop=crops,
-        curves={"test_error": [30.0, 10.0, 14.0]},
+        unbalanced=False, curves={"test_error": [30.0, 10.0, 14.0]},
         best_by_test_error={"epoch": 2, "test_error": 10.0}))
     assert f"\ntest error 12.50 % after 3 epochs and 1m23s {note}\n" in "\n" + cli().out
 
@@ -471,7 +471,7 @@ def test_figure_2s_moments_are_before_after_a_tenth_four_tenths_and_all_of_the_r
     """Of the test images: the first is the fresh network's, the last the finished one's."""
     words = MINIATURE.replace("--epochs 1", "--epochs 10").replace("--train-images 8",
                                                                    "--train-images 4")
-    done = cli(f"{words} --model capnet-dynamic --set types=1 --output-dir run")
+    done = cli(f"{words} --recipe paper --model capnet-dynamic --set types=1 --output-dir run")
     assert done.code == 0, done
     moments = json.loads(Path("run/result.json").read_text())["moments"]
     assert [m["epoch"] for m in moments] == [0, 1, 4, 10]
@@ -716,6 +716,29 @@ def test_report_renders_and_checks(cli):
     assert_one_line(cli("--report --check"), "does not agree", code=1)
 
 
+def test_the_authors_logs_are_counted_in_table_1s_unit_beside_the_papers_own_rows(monkeypatch):
+    monkeypatch.chdir(Path(train.__file__).parent)
+    rows = tables.render_logs().splitlines()[2:]
+    logs = {row.split("`")[-2]: numbers(row, "") for row in rows}
+    for name, row, parameters in (
+            ("capnet_dynamic", "(a)", 9913600), ("capnet_EM", "(b)", 9991540),
+            ("resnet_shape", "(c)", 1575690), ("resnet_param", "(d)", 9624782),
+            ("encapnet_master", "(e)", 1689856), ("encapnet_m^2", "(f)", 8124224)):
+        count, megabits, *_, paper, _ = logs[f"paper/{name}"]
+        assert count == f"{parameters:,}" and float(megabits) == round(parameters / 65536, 2)
+        assert paper.startswith(f"Table 1 {row}: ")
+    assert logs["cap_102_OT_v2_loss_fac20"][2:7] == [
+        "600", "0.01", "14.12", "13.61", "Table 3 (d1): 4.71 %"]
+    for *_, paper, _ in logs.values():                                 # no figure mistyped
+        if paper != "–":
+            table, row, figures_ = re.fullmatch(r"Table (\d) (\(\w+\)): (.*)", paper).groups()
+            theirs, = (p for part in TABLES[table] for name, _, p in part.rows
+                       if name.startswith(f"{row} "))
+            expected = [theirs["cost"][0], theirs["cifar10"]] if table == "1" else \
+                [theirs["EncapNet"]]
+            assert [float(x) for x in re.findall(r"[\d.]+", figures_)] == expected
+
+
 def test_bench(cli, quick):
     done = cli("--bench --model capnet-em --set types=2 --batch-size 2")
     assert done.code == 0
@@ -756,8 +779,7 @@ def test_rows_of_the_study_of_routing_build_what_they_are_called():
 def test_the_small_studies_of_tables_4_and_5_build_what_they_are_called():
     """And Table 3's setting is that of the first, but for augmentation and mirror images."""
     comparison, losses, sgd = map(cells_of, (*TABLES["augment"], *TABLES["losses"]))
-    augments = {"no augmentation": ("none", False, 10), "+": ("+", False, 10),
-                "++": ("++", True, 15)}
+    augments = {"no augmentation": ("none", False, 5), "+": ("+", False, 5), "++": ("++", True, 8)}
     setting = dict(data_path="data/cifar10-jpeg", image_size=16, train_images=20000,
                    test_images=0, batch_size=64, schedule="one-cycle", lr=3e-3, clip=1.0, lam=10.0)
     assert {cell[:2] for cell in comparison} == {
@@ -767,9 +789,9 @@ def test_the_small_studies_of_tables_4_and_5_build_what_they_are_called():
         assert {name: getattr(config, name) for name in setting} == setting
         net = make_model(config, 10, 3)
         if column == "ResNet":
-            assert type(net) is encapnet.ResNet and net.stem[0].out_channels == 8
+            assert type(net) is encapnet.ResNet and net.stem[0].out_channels == 4
         else:
-            assert ablations_of(config) == USUAL | dict(units=2) and net.types == 8
+            assert ablations_of(config) == USUAL | dict(units=2) and net.types == 4
     kinds = {"spread, fix m": "spread-fixed", "spread": "spread", "margin": "margin",
              "CE loss": "ce"}
     rates = {"rmsprop": 0.003, "sgd": SGD_RATE, "adam": 0.003}
@@ -815,8 +837,8 @@ def test_rows_of_the_study_of_few_images_build_what_they_are_called():
     like = {(row, column): config for row, column, config in cells}
     for row, column, config in cells_of(photographs):                  # but for data and side alike
         assert (config.image_size, data_name(config)) == (32, "cifar10-jpeg")
-        assert dataclasses.replace(config, dataset="mnist", data_path="data", image_size=16) == \
-            like[row, column]
+        assert dataclasses.replace(config, dataset="mnist", data_path="data", image_size=16,
+                                   recipe="default") == like[row, column]
     assert {cell[:2] for cell in cells_of(photographs)} == {
         (row, n) for row in ("no feedback", "OT, lambda 10") for n in ("500", "2000")}
 

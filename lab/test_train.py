@@ -1,8 +1,11 @@
 """The command line: flags, recipes, one line for a mistake; a trained network in use; fuzz."""
+import dataclasses
+import io
 import json
 import re
 import shlex
 import shutil
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -15,12 +18,13 @@ from PIL import Image
 
 import encapnet
 import train
-from conftest import FOLDER, HERE, assert_one_line, state_of
+from conftest import FOLDER, HERE, NARROW, Done, assert_one_line, kill_at, run, state_of
 from lab import bench, runtime
 from lab.config import AUGMENT, DATASETS, Config, make_config
-from lab.fit import learning_rate
+from lab.fit import batch_size, learning_rate, no_bar
 from lab.results import config_key
-from lab.runtime import Problem, count, guarded
+from lab.runtime import Problem, count, guarded, reason
+from lab.tables import row_config
 from lab.use import load
 
 # ---- Command line and Config ---------------------------------------------------------------------
@@ -98,6 +102,52 @@ def test_only_problems_choose_the_exit_code(capsys):
     assert guarded("x.py", piped_into_head, []) == 1 and not capsys.readouterr().err
 
 
+class Breaks(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_that_has_gone_costs_the_line_not_the_exit_code(monkeypatch):
+    """Ctrl-C behind 2>&1 | tee ends tee first."""
+    def stop(words):
+        raise Problem("stopped", 130)
+    monkeypatch.setattr("sys.stderr", Breaks())
+    assert guarded("x.py", stop, []) == 130
+
+
+def test_what_stdout_cannot_show_stops_nothing(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert guarded("x.py", lambda words: print("1.0 ± 0.5 –"), []) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue() == b"1.0 ? 0.5 ?\n"
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):
+    def fail(words):
+        raise OSError(28, "No space left on device", "runs/x.png")
+    assert guarded("x.py", fail, []) == 1
+    assert_one_line(Done(1, *capsys.readouterr()), "runs/x.png: No space left", code=1)
+
+
+def worker_fails(k):
+    raise RuntimeError("unable to write: No space left on device (28)\nmore of it")
+
+
+def test_one_line_holds_the_cause():
+    """A worker process's own; what follows a colon; and the rest."""
+    loader = torch.utils.data.DataLoader(range(4), num_workers=1, collate_fn=worker_fails)
+    with pytest.raises(RuntimeError) as raised:
+        next(iter(loader))
+    assert str(raised.value).startswith("Caught")         # the first line is no cause
+    assert reason(raised.value) == \
+        "RuntimeError: unable to write: No space left on device (28)"
+    inductor = "backend='inductor' raised:\nNo working C++ compiler found\n\nSet TORCHDYNAMO..."
+    assert reason(RuntimeError(inductor)) == \
+        "backend='inductor' raised: No working C++ compiler found"
+    assert reason(ValueError("one\ntwo")) == "one" and reason(ValueError(" ")) == "ValueError"
+
+
 def test_debug_shows_the_traceback(cli):
     assert "Traceback" in cli("--resume nowhere --debug").err
 
@@ -120,7 +170,114 @@ def test_recipes():
     digits, fast = make_config(), make_config(dataset="svhn", recipe="fast")
     assert digits.model == "encapnet-small" and digits.epochs < 10
     assert fast.schedule == "one-cycle" and fast.epochs < 100 and fast.recipe == "fast"
+    assert (fast.lr, fast.batch_size, fast.lam, fast.model) == (4e-3, 512, 10, "encapnet")
     assert config_key(fast) != config_key(make_config(dataset="svhn"))
+
+
+TWENTIETH = [(100, 64, 5), (800, 64, 40), (1280, 64, 64), (50000, 64, 64), (50000, 512, 512),
+             (800, 512, 40), (30, 64, 2), (2, 64, 2)]
+
+
+@pytest.mark.parametrize("images, most, batch", TWENTIETH)
+def test_a_recipe_s_batch_is_at_most_a_twentieth_of_the_images(images, most, batch):
+    """At least two; but what is given is taken, and the paper's is the paper's."""
+    recipe = "fast" if most == 512 else "default"
+    fields = dict(dataset="folder", recipe=recipe)
+    assert batch_size(make_config(**fields), images) == batch
+    assert batch_size(make_config(**fields, batch_size=most), images) == min(most, images)
+    assert batch_size(make_config(dataset="folder", recipe="paper"), images) == min(128, images)
+    fast = make_config(dataset="mnist", recipe="fast")
+    assert batch_size(fast, images) == min(512, max(2, images // 20))
+
+
+def test_own_images_have_a_recipe_and_every_flag_goes_before_it():
+    own = make_config(dataset="folder")
+    assert (own.model, own.steps, own.schedule, own.lr, own.batch_size, own.fit_batch, own.lam,
+            own.clip, own.augment, own.flip) == (
+        "encapnet-small", 400, "one-cycle", 3e-3, 64, True, .1, 1, "+", True)
+    paper = make_config(dataset="folder", recipe="paper")
+    assert dataclasses.replace(paper, dataset="cifar10", recipe="default") == \
+        make_config(dataset="cifar10")
+    assert make_config(recipe="paper").epochs == 600      # on any data
+    given = make_config(dataset="folder", epochs=7, batch_size=9, lr=1., lam=2., flip=False,
+                        augment="none", model="encapnet6", clip=0., schedule="steps")
+    assert (given.epochs, given.steps, given.batch_size, given.fit_batch, given.lr, given.lam,
+            given.flip, given.augment, given.model, given.clip, given.schedule) == (
+        7, 0, 9, False, 1, 2, False, "none", "encapnet6", 0, "steps")
+    assert given.milestones == (2, 4, 5)
+    assert make_config(dataset="folder", augment="++").steps == 600
+    for fields in (dict(milestones=(3,)), dict(steps=9, epochs=3)):
+        with pytest.raises(Problem, match="--steps"):
+            make_config(dataset="folder", **fields)
+
+
+def test_tables_keep_to_the_paper_on_a_folder_of_images():
+    row = row_config(dict(model="encapnet6"), dict(dataset="folder", data_path="x"))
+    assert (row.lr, row.epochs, row.steps, row.lam, row.augment) == (1e-4, 600, 0, 10, "none")
+    assert row_config(dict(model="encapnet6"), dict(dataset="folder", recipe="fast")).lr == 4e-3
+    assert row_config(dict(model="encapnet6"), dict(dataset="digits")).lr == 3e-3
+
+
+def test_steps_settle_the_epochs_and_a_run_goes_on_with_them(cli):
+    """36 images in batches of 2: 18 steps an epoch; the same command again is the same run."""
+    words = f"--data-path data {NARROW} --schedule steps --output-dir run"
+    assert cli(words, "--steps 45").code == 0             # two and a half epochs
+    for config in (json.loads(Path("run/result.json").read_text())["config"],
+                   state_of("run")["config"], state_of("run")["header"]["config"]):
+        assert (config["epochs"], config["steps"]) == (2, 0)
+        assert list(config["milestones"]) == [2 / 3, 1, 4 / 3]
+    assert "already finished" in cli(words, "--steps 45").out
+    assert "going on" in cli("--resume run --epochs 3").out
+    assert json.loads(Path("run/result.json").read_text())["epochs"] == 3
+    assert_one_line(cli("--resume run --recipe fast"), "recipe")
+    assert cli(words, "--steps 1 --output-dir one").code == 0            # an epoch at least
+    assert json.loads(Path("one/result.json").read_text())["epochs"] == 1
+
+
+def test_a_data_path_alone_means_own_images_or_is_refused(cli, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "fit", lambda config: asked.append(config) or pytest.skip)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    for words in ("--data-path data", "--data-path=~/data"):
+        assert "--dataset folder" in cli(words).out
+        assert asked[-1].dataset == "folder" and asked[-1].model == "encapnet-small"
+        assert Path(asked[-1].data_path).samefile("data")
+    cli("--data-path data --dataset digits")
+    assert asked[-1].dataset == "digits" and len(asked) == 3
+    Path("empty").mkdir()
+    for path in ("empty", "nowhere", "data/train"):
+        assert_one_line(cli(f"--data-path {path}")._replace(out=""), "--dataset", path)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("flag", ["--data-path", "--output-dir", "--resume", "--init",
+                                  "--class-list"])
+def test_a_tilde_is_the_home_in_every_path(flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/at/home")
+    _, given = train.parse([f"{flag}=~/x"])
+    assert list(given.values()) == ["/at/home/x"]
+
+
+def test_the_last_line_says_what_the_run_came_to(cli, monkeypatch):
+    """At chance; and before it, where classes are unbalanced, which are worst."""
+    errors = {"ant": 10., "bee": None, "cat": 50., "dog": 0., "eel": 20.}
+    result = dict(best_by_test_error={"epoch": None}, config={"dataset": "digits"}, error=20.,
+                  epochs=0, seconds=0, folder="x", class_errors=errors, multi_crop=False)
+    for outcome, unbalanced in (("ok", False), ("ok", True), ("at chance", False)):
+        monkeypatch.setattr(train, "fit", lambda config, **more: {
+            **result, "outcome": outcome, "unbalanced": unbalanced})     # noqa: B023
+        *before, last = cli("").out.splitlines()
+        assert "test error 20.00 %" in last and ("at chance" in last) is (outcome != "ok")
+        worst = [line for line in before if "cat 50.0 %, eel 20.0 %, ant 10.0 %" in line]
+        assert len(worst) == unbalanced and "dog" not in "".join(worst)
+
+
+def test_a_notebook_has_a_bar_a_file_has_none(monkeypatch):
+    assert no_bar() is None                               # tqdm looks whether it is a terminal
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    assert no_bar() is False
+    monkeypatch.setenv("RANK", "1")
+    assert no_bar() is True
 
 
 def test_a_key_names_a_result_whatever_the_seed_and_place():
@@ -151,6 +308,13 @@ def test_test_only_repeats_the_result(trained, cli):
                         "--train-images 64"), "other classes")
 
 
+def test_test_only_says_where_within_an_epoch_a_run_stands(cli, place):
+    stopped = run(place, FOLDER, "--save-every 0 --output-dir run", sabotage=[kill_at(3)])
+    assert stopped.code == -9
+    done = cli("--resume run --test-only")
+    assert done.code == 0 and "0 epochs, 2 steps of the next" in done.out
+
+
 def test_test_only_reads_training_images_where_it_needs_them(trained, cli, pictures):
     """Where they are what is tested, and to find one that can be read."""
     done = cli(f"--resume {trained} --test-only --hold-out")             # of 32 every tenth
@@ -174,11 +338,11 @@ def test_predict(trained, cli, pictures):
 
 
 def test_predict_a_folder_goes_on_after_an_image_that_cannot_be_read(trained, cli, pictures):
-    folder = Path(shutil.copytree(pictures / "test/bee", "mixed"))
+    folder = Path(shutil.copytree(pictures / "test/bee", "nest/mixed"))
     (folder / "text.png").write_text("no image")
     Image.new("1", (10001, 10000)).save(folder / "huge.png")
     (folder / "notes.txt").write_text("not looked at")
-    done = cli(f"--resume {trained} --predict mixed missing.png")
+    done = cli(f"--resume {trained} --predict nest missing.png")
     assert_one_line(done, "3 of 8", code=1)
     bad = [line for line in done.out.splitlines() if "cannot read" in line]
     assert len(done.out.splitlines()) == 8 and len(bad) == 3 and "notes" not in done.out
@@ -200,7 +364,12 @@ def test_a_trained_network_in_another_program_says_what_predict_says(trained, cl
     state = state_of(trained)["data"]
     pixels = torch.tensor(np.array(Image.open(image))).permute(2, 0, 1) / 255
     want = (pixels - state["mean"].view(3, 1, 1)) / state["std"].view(3, 1, 1)
-    torch.testing.assert_close(transform(image)[0], want)
+    with Image.open(image) as opened, open(image, "rb") as file:
+        for each in (image, str(image), opened, file, np.array(opened), np.array(opened) / 255):
+            torch.testing.assert_close(transform(each)[0], want)
+        grey = opened.convert("L")
+        torch.testing.assert_close(transform(np.array(grey)), transform(grey))
+        opened.getpixel((0, 0))                           # and stays open
 
 
 def test_load_leaves_the_other_program_s_settings_alone(trained, monkeypatch):
