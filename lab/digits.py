@@ -20,7 +20,7 @@ POSE = {  # the columns of poses, with their lowest and highest value
     "y": (-3, 3),           # and below it
     "rotation": (-25, 25),  # degrees, counter-clockwise; small, for 6 and 9 must stay apart
     "scale": (-.4, .3),     # log2 of height / 20 pixels: 15 to 25 pixels
-    "shear": (-.3, .3),     # lean to the right a unit of height, beyond the typeface's own
+    "shear": (-.3, .3),     # lean to the right per unit of height, beyond the typeface's own
 }
 CELL, GLYPH = 64, 40  # pixels of a glyph's cell and of its height in it, before it is posed
 CHUNK = 100           # images drawn at once, from one seed: image k does not depend on n
@@ -82,7 +82,7 @@ def draw_chunk(glyphs, widths, generator):
     # Three are drawn and one is used: neighbours share the digit's pose and ink.
     pose = torch.stack([uniform(*limits, 3) for limits in POSE.values()], 2)[:, 2]     # (b, 5)
     tint = uniform(-.15, .15, 4, 3)[:, [0, 3]]                                # of ground and ink
-    # They stand further along the line, and each is missing a time in three.
+    # They stand further along the line, and each is missing one time in three.
     width, height = widths[font, digits], 20 * 2 ** pose[:, 3:4]              # (b, 3), (b, 1)
     step = height * ((width[:, :2] + width[:, 2:]) / 2 + uniform(.08, .3, 2))
     step = torch.where(uniform(0, 1, 2) < 2 / 3, step.clamp(min=10), 99) * torch.tensor([-1, 1])
