@@ -51,13 +51,13 @@ def test_peak_memory_is_that_of_this_call_beside_what_lives():
     assert len(last) == 3_000_000 and found == pytest.approx(40e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("budget, calls", [(1e-6, 2), (0.1, 5)])
+@pytest.mark.parametrize("budget, calls", [(1e-6, 2), (0.3, 4)])
 def test_a_time_is_that_of_a_call_the_first_aside(budget, calls):
     waits = []
     def step():
         waits.append(0.5 if not waits else 0.02)
         time.sleep(waits[-1])
-    assert 0.02 <= bench.median_seconds(step, budget) < 0.05 and len(waits) >= calls
+    assert 0.02 <= bench.median_seconds(step, budget) < 0.2 and len(waits) >= calls
 
 
 def test_a_comparison_is_seconds_and_megabytes_of_each_and_their_ratio(monkeypatch, tmp_path,

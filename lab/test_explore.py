@@ -267,10 +267,10 @@ def test_a_network_of_known_margin_breaks_at_its_known_eps_and_not_below(logits,
         z = torch.stack([score / 2, -score / 2], 1)
         return z if logits else z.sigmoid()
     run = run_of(function, logits, x.float(), labels)
-    found = explore.errors_of(run, 25, [4, 8, 16, 19.9, 20.1])
+    found = explore.errors_of(run, 25, [4, 8, 16, 19.95, 20.05])
     assert found["clean"] == {"0": 20}
     for attack in ("FGSM", "PGD", "APGD"):
-        assert found[attack] == {"4": 20, "8": 60, "16": 60, "19.9": 60, "20.1": 100}, attack
+        assert found[attack] == {"4": 20, "8": 60, "16": 60, "19.95": 60, "20.05": 100}, attack
 
 
 @needs_attacks

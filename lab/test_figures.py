@@ -1,5 +1,4 @@
 """Figures: the picture of a run says what happened; names in any script are drawn and cut."""
-import io
 import warnings
 
 import numpy as np
@@ -191,6 +190,6 @@ def test_figure_4_is_the_mean_over_seeds(drawn, tmp_path):
 def test_a_file_is_a_picture(tmp_path, capsys):
     figure, _ = figures.canvas(1, 1)
     figures.save_figure(figure, tmp_path / "new" / "x.png")
-    with Image.open(io.BytesIO((tmp_path / "new" / "x.png").read_bytes())) as image:
+    with Image.open(tmp_path / "new" / "x.png") as image:
         assert image.format == "PNG" and image.width == 1100
     assert str(tmp_path / "new" / "x.png") in capsys.readouterr().out

@@ -289,7 +289,7 @@ def test_precision_and_memory_format_reach_the_convolutions(amp, channels_last, 
             out.dtype, given[0].is_contiguous(memory_format=torch.channels_last),
             layer.weight.is_contiguous(memory_format=torch.channels_last))))
     values = fit.train_step(run, data.train.images, data.train.labels, torch.rand(8, 7))
-    fit.evaluate(run)
+    measure.evaluate(run)
     assert len(seen) == 3 * 5                             # a step, and two batches of four to test
     assert {dtype for dtype, *_ in seen} == {torch.bfloat16 if amp else torch.float32}
     assert {tuple(formats) for _, *formats in seen} == {(channels_last, channels_last)}
@@ -452,7 +452,7 @@ def test_an_evaluation_is_a_count_by_hand(logits, trial):
     expected = {case: errors_by_hand(net, data.test, data, crops) for case, crops in CROPS.items()}
     for (multi_crop, dataset), (errors, classes) in expected.items():
         run = build(data, dataset=dataset, batch_size=64)
-        found = fit.evaluate(run, multi_crop)
+        found = measure.evaluate(run, multi_crop)
         assert found.pop("class_errors") == pytest.approx(classes)
         assert found == pytest.approx(errors), (multi_crop, dataset)
         assert classes["class7"] is None and len(set(classes.values())) > 3
@@ -478,8 +478,8 @@ def test_softmaxed_probabilities_are_averaged_not_logits(trial):
     data = Data("views", ["a", "b", "c"], Split(image, label), Split(image, label), 4,
                 torch.zeros(3), torch.ones(3))
     run = fit.Run(config_of(), data, CPU, Views(), None, None, {})
-    assert fit.evaluate(run, False)["error"] == 100
-    assert fit.evaluate(run, True)["error"] == 0          # 4 x .91 of class 1; logits: 9 < 12
+    assert measure.evaluate(run, False)["error"] == 100
+    assert measure.evaluate(run, True)["error"] == 0          # 4 x .91 of class 1; logits: 9 < 12
 
 
 @pytest.mark.parametrize("augment, multi_crop", [("none", False), ("+", True), ("++", True)])
@@ -530,7 +530,8 @@ def test_the_best_epoch_is_no_result(guessing, trial, monkeypatch):
     run.history = [{"epoch": k + 1, "test_error": error, "train_error": 9., "loss": k,
                     "feedback": -k} for k, error in enumerate((50., 10., 30., 20.))]
     told, classes = errors_by_hand(run.net, data.test, data, CROPS[False, "svhn"])
-    monkeypatch.setattr(fit, "at_chance", lambda run, error: guessing and error == told["error"])
+    monkeypatch.setattr(measure, "at_chance", lambda run, error: guessing and
+                        error == told["error"])
     result = fit.finish(run)
     assert result["error"] == pytest.approx(told["error"]) and told["error"] > 50
     assert result["class_errors"] == pytest.approx(classes)

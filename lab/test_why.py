@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from encapnet import margin_loss
+from encapnet import CapConv, EncapNet, margin_loss
 from lab import figures, why
 from lab.config import make_config
 from lab.data import load_data, shuffle
@@ -135,3 +135,42 @@ def test_figures_and_numbers_are_written_from_the_command_line(tmp_path, monkeyp
     assert why.main(["burst"]) == 0
     assert json.loads(Path("runs/why-burst.json").read_text())["found"] == found
     assert Path("runs/why-burst.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_scale_changes_batchnorm_by_dimension_and_measures_lengths():
+    net = EncapNet(3, 1, 8, depths=(1, 1), dims=(1, 2, 3), types=2)
+    why.rescale(net, lambda d: 0.3 * d)
+    layers = [m for m in net.modules() if isinstance(m, CapConv)]
+    assert [set(m.norm.weight.tolist()) for m in layers] == [
+        {torch.tensor(0.3 * d).item()} for d in (2, 2, 3, 3)]
+    seen = {2: [], 3: []}
+    for layer, d in zip(layers, (2, 2, 3, 3), strict=True):
+        layer.register_forward_hook(lambda m, u, v, d=d: seen[d].append(np.mean(
+            [np.linalg.norm(v[b, g * d:g * d + d, y, x].detach()) for b in range(2)
+             for g in range(2) for y in range(v.shape[2]) for x in range(v.shape[3])])))
+    found = why.starting_lengths(net, torch.randn(2, 1, 8, 8))
+    assert found == pytest.approx({d: np.mean(lengths) for d, lengths in seen.items()}, rel=1e-4)
+
+
+def test_scale_trains_from_each_and_draws_what_it_found(monkeypatch):
+    """Made-up errors that follow the weight that a run started from, plus its seed."""
+    asked, tiny = [], dict(test_images=2, batch_size=8, epochs=1, set=dict(types=2))
+    monkeypatch.setattr(why, "make_config", lambda **given: asked.append(given) or make_config(
+        **given, **tiny))
+    monkeypatch.setattr(why, "train_step", lambda run, images, labels, draws: None)
+    monkeypatch.setattr(why, "evaluate", lambda run: {"error": run.config.seed + next(
+        m.norm.weight[0].item() for m in run.net.modules() if isinstance(m, CapConv))})
+    monkeypatch.setattr(why, "starting_lengths", lambda net, x: {2: 0.2, 16: next(
+        m.norm.weight[0].item() for m in net.modules() if isinstance(m, CapConv)) / 10})
+    figure, found = why.scale(16, seeds=2)
+    assert all(given["hold_out"] and given["train_images"] == 16 for given in asked)
+    assert [given["seed"] for given in asked] == [0, 1] * 3
+    first = {"1 (torch's default)": 1, "1.4 / sqrt(d)": 1.4 / 4 ** 0.5, "1 / sqrt(d)": 1 / 4 ** 0.5}
+    assert list(found) == list(first)
+    for name, weight in first.items():
+        assert found[name]["errors"] == pytest.approx([weight, weight + 1])
+    left, right = figure.axes
+    assert {line.get_label(): line.get_ydata()[1] for line in left.lines} == {
+        name: seen["lengths"][16] for name, seen in found.items()}
+    assert right.lines[0].get_ydata() == pytest.approx([w + 0.5 for w in first.values()])
+    assert [text.get_text() for text in right.get_xticklabels()] == list(first)
