@@ -1,6 +1,6 @@
 """Train, test and tabulate the networks of encapnet.py.
 
-    python train.py                                        three minutes on a laptop; needs no data
+    python train.py                                        two minutes on a laptop; needs no data
     python train.py --dataset mnist --model encapnet6      the paper's settings; flags change them
     python train.py --data-path DIR                        your images: DIR/{train,test}/CLASS/*.jpg
     python train.py --resume                               go on with the newest unfinished run
@@ -12,8 +12,8 @@
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
 
-A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, an entry an
-epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
+A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, one entry
+per epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
 goes on with --resume, or when the same command with an --output-dir is given again, bit for bit on
 a CPU.  runs/results.jsonl collects the results.
 
@@ -176,7 +176,7 @@ def show_list():
 
 
 def check_commands(commands, given):
-    """A flag that the command would not heed is refused."""
+    """Reject flags that the command ignores."""
     for flag, needed in (("check", "report"), ("row", "table"), ("seeds", "table")):
         if flag in commands and needed not in commands:
             raise Problem(f"--{flag}: of use with --{needed} alone")
