@@ -300,13 +300,17 @@ def test_logits_of_lengths_undo_squash_where_its_gradient_vanishes():
 
 @pytest.fixture
 def unattacked(monkeypatch):
-    """Attacks that turn an image upside down, each at its own eps: from 4, 8, 16 of 255 on."""
+    """Attacks that turn an image upside down from 4, 8, 16 of 255 on; changes that do, but noise
+    and the smallest strengths."""
     def attacks(model, eps, classes):
         def turn(least):
             return lambda x, labels: x.flip(2) if eps > (least - 0.1) / 255 else x
-        return {name: [turn(999), turn(least)] for name, least in (
-            ("FGSM", 4), ("PGD", 8), ("APGD", 16))}
+        return {"FGSM": [turn(4)], "PGD": [turn(8), turn(999)], "APGD": [turn(16), turn(16)]}
+
+    def changed(x, kind, strength, generator):
+        return x.flip(2) if kind != "noise" and strength > explore.CHANGES[kind][1][0] else x
     monkeypatch.setattr(explore, "attacks", attacks)
+    monkeypatch.setattr(explore, "changed", changed)
     monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(__spec__=True))
 
 
@@ -334,8 +338,9 @@ def test_errors_are_those_of_the_changed_images_and_are_told_at_once(runs, unatt
     assert errors["clean"] == {"0": 25} and line["images"] == 40
     assert errors["FGSM"] == {"4": 100, "8": 100} and errors["APGD"] == {"4": 25, "8": 25}
     assert errors["PGD"] == {"4": 25, "8": 100}                        # wrong before stays wrong
-    assert {kind: list(errors[kind]) for kind in explore.CHANGES} == {
-        kind: [f"{s:g}" for s in strengths] for kind, (_, strengths) in explore.CHANGES.items()}
+    for kind, (_, strengths) in explore.CHANGES.items():
+        turned = 25 if kind == "noise" else 75
+        assert errors[kind] == {f"{s:g}": turned if k else 25 for k, s in enumerate(strengths)}
     assert max(said) <= 2 and sum(said) >= 1 + 20 + 6                  # each when it is known
 
 
