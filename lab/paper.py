@@ -18,7 +18,7 @@ class Part(NamedTuple):
     study: bool = False              # ours, not the paper's: every cell is run, nothing beside it
 
 
-def use(name, **keywords):
+def model_row(name, **keywords):
     return dict(model=name, set=keywords)
 
 
@@ -29,12 +29,12 @@ def study(title, base, columns, rows, own_data=False):
 
 CIFAR10, MNIST = dict(dataset="cifar10"), dict(dataset="mnist")
 SETS = ("cifar10", "cifar100", "svhn")
-CAPNET = {"CapNet": use("capnet-dynamic")}
+CAPNET = {"CapNet": model_row("capnet-dynamic")}
 LOSSES = {"spread, fix m": "spread-fixed", "spread": "spread", "margin": "margin", "CE loss": "ce"}
 DEEP = dict(feedback=0, coefficients="both", skip="both")    # Table 3's EncapNet without a unit
 TABLES = {
     "1": [Part("six-layer networks", {}, {"cifar10": CIFAR10, "mnist": MNIST}, [
-        (name, use(model), {"cifar10": cifar10, "mnist": mnist, "cost": cost})
+        (name, model_row(model), {"cifar10": cifar10, "mnist": mnist, "cost": cost})
         # cost: the paper's Mb of parameters, MB of memory at this batch, s a batch on a Titan X
         for name, model, cifar10, mnist, cost in (
             ("(a) CapNet, dynamic", "capnet-dynamic", 14.28, 0.37, (151.24, 3961, 8, 0.444)),
@@ -45,7 +45,7 @@ TABLES = {
             ("(e) EncapNet, master", "encapnet6-master", 13.87, 0.31, (25.76, 1433, 128, 0.039)),
             ("(f) EncapNet, master/aide", "encapnet6", 11.93, 0.25, (60.68, 1755, 128, 0.061)))])],
     "2": [],                                    # architectures: no runs
-    "3": [Part("capConv design", CIFAR10, {"EncapNet": use("encapnet", **DEEP)}, [
+    "3": [Part("capConv design", CIFAR10, {"EncapNet": model_row("encapnet", **DEEP)}, [
         (name, dict(set=changes), {"EncapNet": error}) for name, changes, error in (
             ("(1) master (baseline)", dict(coefficients=None, skip=None), 9.83),
             ("(2) master/aide v1", dict(coefficients="own", skip=None), 8.05),
@@ -56,7 +56,7 @@ TABLES = {
             ("(7) skip both", {}, 5.82),
             ("(8) two OTs", dict(feedback=2), 4.55))
     ]), Part("regularization", CIFAR10,
-             {"EncapNet": use("encapnet", **DEEP), "ResNet": use("resnet18")}, [
+             {"EncapNet": model_row("encapnet", **DEEP), "ResNet": model_row("resnet18")}, [
         (name, dict(set=changes), dict(EncapNet=ours, ResNet=resnet))
         for name, changes, ours, resnet in (
             ("(a) capConv block (baseline)", dict(feedback=0), 5.82, 8.03),
@@ -68,7 +68,7 @@ TABLES = {
             ("(d4) use vanilla g", dict(feedback=1, generator="vanilla"), 5.01, None),
             ("(d5) use l2 in Q", dict(feedback=1, cost="l2"), 4.90, None))
     ]), study("what the paper leaves open, beside (7) and (c)", CIFAR10,
-              {"EncapNet": use("encapnet", **DEEP)}, {
+              {"EncapNet": model_row("encapnet", **DEEP)}, {
         **{f"aide kernel {k} in both types": dict(set=dict(aide_kernel=k)) for k in (3, 7)},
         "both coefficients fixed at 1": dict(set=dict(coefficients="fixed")),
         "squash in each branch": dict(set=dict(squash_branches=True)),
@@ -77,7 +77,7 @@ TABLES = {
         "OT loss as in the authors' logs: lambda 20, l2, eps 1, vanilla g": dict(
             lam=20.0, set=dict(feedback=1, cost="l2", eps=1.0, generator="vanilla"))})],
     "4": [Part("comparison; the paper's mean ± std: ++ on CIFAR-10 3.56 ± 0.12 and SVHN "
-               "1.87 ± 0.11, + on CIFAR-100 24.85 ± 0.11", use("encapnet"),
+               "1.87 ± 0.11, + on CIFAR-100 24.85 ± 0.11", model_row("encapnet"),
              {name: dict(dataset=name) for name in SETS},
              [(f"EncapNet{a}", dict(augment=a or "none"), dict(zip(SETS, p, strict=True)))
               for a, *p in (("", 4.55, 26.77, 2.01), ("+", 3.13, 24.01, 1.64),
@@ -101,7 +101,7 @@ TABLES = {
                 ("ResNet-101", "resnet101", 224, "++", 44.13), ("VGG", "vgg16", 224, "++", 55.76),
                 ("GoogleNet", "googlenet", 224, "++", 60.18))], own_data=True),
         Part("complete ImageNet, top-5", dict(dataset="imagenet", augment="++"), {"ImageNet": {}}, [
-            (name, use(model), {"ImageNet": error}) for name, model, error in (
+            (name, model_row(model), {"ImageNet": error}) for name, model, error in (
                 ("EncapNet-18", "encapnet", 7.51), ("GoogleNet", "googlenet", 7.89),
                 ("VGG", "vgg16", 8.43), ("ResNet-101", "resnet101", 6.21))],
             own_data=True)],
@@ -111,7 +111,7 @@ TABLES = {
         Part("initial routing coefficients", CIFAR10, CAPNET, [
             (b, dict(set=dict(b_init=b)), {"CapNet": error})
             for b, error in (("random", 14.35), ("zero", 14.28), ("learnable", 14.11))]),
-        Part("loss and optimizer", dict(CIFAR10, **use("capnet-dynamic")),
+        Part("loss and optimizer", dict(CIFAR10, **model_row("capnet-dynamic")),
              {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd"),
               "Adam": dict(optimizer="adam")}, [
             (name, dict(loss=LOSSES[name]), dict(RMSProp=rmsprop, SGD=sgd, Adam=adam))
@@ -124,7 +124,7 @@ TABLES = {
 
 FEW = dict(dataset="mnist", image_size=16, resample=True, test_images=2000, batch_size=50,
            schedule="one-cycle", lr=3e-3, clip=1.0, lam=0.0,
-           **use("encapnet", types=4, depths=(1, 1, 1), dims=(2, 4, 8, 16), feedback=1))
+           **model_row("encapnet", types=4, depths=(1, 1, 1), dims=(2, 4, 8, 16), feedback=1))
 RATES = (0.01, 0.03, 0.1)                                               # beside FEW's 0.003
 FEW_SIZES = {"200": dict(train_images=200, epochs=60), "500": dict(train_images=500, epochs=30),
              "1000": dict(train_images=1000, epochs=20), "2000": dict(train_images=2000, epochs=10),
@@ -137,7 +137,7 @@ ROUTING = dict(dataset="mnist", train_images=6000, test_images=2000, batch_size=
                schedule="one-cycle", lr=3e-3, set=dict(types=4))
 LOSS_STUDY = dict(ROUTING, model="capnet-dynamic", image_size=16, epochs=2)
 SGD_RATE = 1.0                                    # chosen by the second part of the study of losses
-ROUTINGS = {f"{name}{', fifth convolution' * fifth}": use(model, fifth_conv=fifth)
+ROUTINGS = {f"{name}{', fifth convolution' * fifth}": model_row(model, fifth_conv=fifth)
             for name, model in (("dynamic", "capnet-dynamic"), ("EM", "capnet-em"))
             for fifth in (False, True)}
 
@@ -191,14 +191,15 @@ TABLES |= {
         {f"SGD, rate {lr:g}": dict(lr=lr) for lr in (0.3, 1.0, 3.0, 10.0)})],
     "augment": [study(
         "comparison in small: cifar10-jpeg at 16x16, 20,000 images, 5 epochs, ++ 8; 4 types, "
-        "ResNet as wide", SMALL, {"EncapNet": use("encapnet"), "ResNet": use("resnet18")},
+        "ResNet as wide", SMALL,
+        {"EncapNet": model_row("encapnet"), "ResNet": model_row("resnet18")},
         {"no augmentation": {}, "+": dict(augment="+"), "++": dict(augment="++", epochs=8)},
         own_data=True)],
 }
 # Figures show results of rows of a table; those of the paper, of its Tables 1 and 3
 FIGURES = {
     "2": [study("agreement of votes with the class capsule, Table 1 (a) and (b)", CIFAR10, {"": {}},
-              {"Dynamic": use("capnet-dynamic"), "EM": use("capnet-em")})],
+              {"Dynamic": model_row("capnet-dynamic"), "EM": model_row("capnet-em")})],
     "4": [study("training loss without and with OT divergence, Table 3 (a) and (c)", CIFAR10,
               TABLES["3"][1].columns,
               {"": dict(set=dict(feedback=0)), "* OT": dict(set=dict(feedback=1))})],

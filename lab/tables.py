@@ -22,10 +22,10 @@ from lab.paper import (
     FIGURES,
     TABLES,
     asked_parts,
+    model_row,
     part_cells,
     part_columns,
     row_config,
-    use,
 )
 from lab.results import (
     OWN,
@@ -66,7 +66,7 @@ def attempt(name, function, *arguments):
         return [f"{name}: {told}"]
 
 
-def obtain(config, runs):
+def run_cell(config, runs):
     """Run a Config, or go on with its run; training that diverges is a result."""
     key = config_key(config)
     folder = str(RUNS / f"{data_name(config)}-{config.model}-{key}-{config.seed}")
@@ -82,14 +82,14 @@ def obtain(config, runs):
             record(line)
 
 
-def obtain_all(cells, seeds, runs):
+def run_missing(cells, seeds, runs):
     """Run what is missing among cells {(row, column): Config} -> what went wrong."""
     failures, several = [], len({column for _, column in cells}) > 1
     for (row, column), config in cells.items():
         name = ", ".join(filter(None, dict.fromkeys([row, column * several, data_name(config)])))
         for seed in range(config.seed, config.seed + seeds):
             if (config_key(config), seed) not in runs:
-                failures += attempt(f"{name}, seed {seed}", obtain,
+                failures += attempt(f"{name}, seed {seed}", run_cell,
                                     dataclasses.replace(config, seed=seed), runs)
     return failures
 
@@ -119,7 +119,7 @@ def show_table(name, only, seeds, given):
     elif name == "1":
         measure_costs(parts[0], given)
     failures = [failure for part in parts
-                for failure in obtain_all(part_cells(part, given), seeds, runs)]
+                for failure in run_missing(part_cells(part, given), seeds, runs)]
     text = "\n\n".join(render_table(name, given, runs, read_results(OWN)[1], only))
     say("\n" + text)
     if rank() == 0:
@@ -135,7 +135,7 @@ def show_figure(name, given):
     for part in asked_parts(FIGURES[name], given):
         rows, cells = {}, part_cells(part, given)
         if name.isdigit():
-            refuse(obtain_all(cells, 1, runs))
+            refuse(run_missing(cells, 1, runs))
         for (row, column), config in cells.items():
             if lines := [line for line in of_seeds(config, runs) if line["error"] is not None]:
                 named[f"{column} {row}".strip()] = lines
@@ -266,7 +266,7 @@ def render_costs(part, given, benches):
 @torch.no_grad()
 def architecture(model, given):
     """Table 2 of the built network: the size of each part's output."""
-    config = row_config(CIFAR10, use(model, feedback=0), {"set": given.get("set", {})})
+    config = row_config(CIFAR10, model_row(model, feedback=0), {"set": given.get("set", {})})
     network = make_model(config, 10, 3).eval()
     u = network.stem(torch.zeros(1, 3, config.image_size, config.image_size))
     outputs = [("M0", network.stem, "convolution", u)]

@@ -25,7 +25,7 @@ from lab.measure import agreement
 from lab.paper import SGD_RATE, TABLES, asked_parts, part_cells, row_config
 from lab.results import config_key, data_name, read_results
 from lab.runtime import Diverged, Problem
-from lab.tables import obtain_all, summary
+from lab.tables import run_missing, summary
 
 # ---- Tables, figures, report, bench in miniature -------------------------------------------------
 
@@ -278,12 +278,12 @@ def test_a_known_result_is_never_run_again_an_unknown_seed_is(faked, place, monk
     asked, config = faked(), make_config(dataset="mnist", lr=1e-3)
     other = make_config(dataset="mnist", lr=1e-2)
     runs = {(config_key(config), 0): "known", (config_key(other), 1): "another's"}
-    assert obtain_all({("one", ""): config}, 3, runs) == []
+    assert run_missing({("one", ""): config}, 3, runs) == []
     assert [c.seed for c in asked] == [1, 2] and {config_key(c) for c in asked} == \
         {config_key(config)}
     assert runs[config_key(config), 0] == "known"                      # and is left alone
     assert [runs[config_key(config), seed]["seed"] for seed in (1, 2)] == [1, 2]
-    assert obtain_all({("one", ""): config}, 3, runs) == [] and len(asked) == 2
+    assert run_missing({("one", ""): config}, 3, runs) == [] and len(asked) == 2
     assert len({c.output_dir for c in asked}) == 2                     # a folder a seed
 
 
@@ -314,7 +314,7 @@ def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch)
     monkeypatch.setattr(tables, "fit", diverge)
     for _ in range(2):
         runs, *_ = read_results(Path("runs/results.jsonl"))
-        assert obtain_all({("one", ""): config}, 1, runs) == []
+        assert run_missing({("one", ""): config}, 1, runs) == []
         assert summary(config, 14.28, runs)[:2] == ("fail (NaN at step 1)", "–")
     assert len(tried) == 1
 
