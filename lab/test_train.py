@@ -388,14 +388,13 @@ def test_test_only_of_a_deterministic_run_is_one(trained, cli, monkeypatch):
     assert cli(f"--resume {trained} --test-only --deterministic").code == 0 and asked == [True]
 
 
-def test_the_readme_s_example_of_a_trained_network_runs(trained, cli, pictures):
+def test_the_readme_s_example_of_a_trained_network_runs(trained, cli):
     """But for the last line, which wants onnx; exporting to it is tested with the networks."""
     text = (HERE / "README.md").read_text()
     example, = (code for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
                 if "import load" in code)
     Path("runs").mkdir()
     Path("runs/digits-encapnet-small-0").symlink_to(trained)
-    shutil.copy(pictures / "test/ant/0.png", "digit.png")
     scope = {}
     exec(example[:example.index("torch.onnx.export")], scope)
     x = torch.randn(5, 3, 32, 32)
