@@ -630,9 +630,8 @@ class FeedbackUnit(nn.Module):
     forward: low (B, low, H, W), high (B, high, H', W') -> scalar
     Deviation 3: the generator is grouped by type, as released; App. B prints "the dimension of
     input capsules", which would mix types here.  The extractor runs once, on real and generated
-    samples together, so that both share batch statistics.  Where features would be one number,
-    which has no gradient under cosine cost, its second stride is 1; images of 2x2 or less leave one
-    number all the same.
+    samples together, so that both share batch statistics.  A stride is 1 where it would leave a
+    single number, which has no gradient under cosine cost.
     """
 
     def __init__(self, low, high, types=32, stride=2, *, generator="capsule", extractor=True,
@@ -653,7 +652,7 @@ class FeedbackUnit(nn.Module):
         self.norm = nn.BatchNorm2d(low)
         hidden = max(1, low // 4)
         self.extractor = nn.ModuleList(
-            [*conv_bn(low, hidden, stride=2), *conv_bn(hidden, 1, stride=2)]) if extractor else None
+            [*conv_bn(low, hidden), *conv_bn(hidden, 1)]) if extractor else None
 
     def generate(self, high, size):
         """g: the lower image (B, low, H, W), of size (H, W), reconstructed from the higher one."""
@@ -671,9 +670,10 @@ class FeedbackUnit(nn.Module):
         if self.extractor is None:
             return image.flatten(1)
         conv1, norm1, conv2, norm2 = self.extractor
-        h = F.relu(norm1(conv1(image)))
-        stride = 2 if max(h.shape[-2:]) > 2 else 1                       # deviation 3
-        return F.relu(norm2(F.conv2d(h, conv2.weight, None, stride, padding=1))).flatten(1)
+        for conv, norm in ((conv1, norm1), (conv2, norm2)):
+            stride = 2 if max(image.shape[-2:]) > 2 else 1               # deviation 3
+            image = F.relu(norm(F.conv2d(image, conv.weight, None, stride, padding=1)))
+        return image.flatten(1)
 
     def features(self, low, high):
         """Features of the real and of the generated lower images, each (B, F), of all ranks."""

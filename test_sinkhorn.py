@@ -447,7 +447,8 @@ def test_unit_shapes(types, dims, stride, size, batch, generator):
 
 @pytest.mark.parametrize("low, size, features", [
     (32, 32, 64), (128, 8, 4),
-    (512, 4, 4)])                    # M4's second unit: at stride 2 one ReLU number would be left
+    (512, 4, 4),                     # M4's second unit: at stride 2 one ReLU number would be left
+    (64, 2, 4)])                     # the same unit for images of 16x16
 def test_extractor_never_leaves_a_single_number(low, size, features):
     unit, u, v = unit_and_images(low, low, 32, 1, size, batch=2)
     assert unit.features(u, v)[0].shape == (2, features)

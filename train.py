@@ -1,6 +1,6 @@
 """Train, test and tabulate the networks of encapnet.py.
 
-    python train.py                                        three minutes on a laptop; needs no data
+    python train.py                                        two minutes on a laptop; needs no data
     python train.py --dataset mnist --model encapnet6      the paper's settings; flags change them
     python train.py --data-path DIR                        your images: DIR/{train,test}/CLASS/*.jpg
     python train.py --resume                               go on with the newest unfinished run
@@ -12,8 +12,8 @@
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
 
-A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, an entry an
-epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
+A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, one entry
+per epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
 goes on with --resume, or when the same command with an --output-dir is given again, bit for bit on
 a CPU.  runs/results.jsonl collects the results.
 
@@ -26,6 +26,7 @@ import itertools
 import os
 import re
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -50,11 +51,20 @@ from lab.tables import FIGURES, TABLES, report, show_figure, show_table
 from lab.use import predict, test_only
 
 
+def recipe(dataset):
+    """A recipe of ours as the flags that it stands for."""
+    flags = ("--" + name.replace("_", "-") + f" {value}" * (value is not True)
+             for name, value in OURS[dataset].items())
+    return textwrap.fill(f"{dataset}: {' '.join(flags)}", 79, initial_indent="  ",
+                         subsequent_indent="    ", break_on_hyphens=False)
+
+
 def make_parser():
     """One flag for every field of Config, and the commands."""
     parser = Parser("train.py", description=__doc__,
-                    epilog="Defaults are the paper's, but without --dataset, or for\n" + "\n".join(
-                        f"--dataset {name}: {settings}" for name, settings in OURS.items()),
+                    epilog="The defaults above are the paper's, --recipe paper.  Unless asked for "
+                           "it, these data sets have\na recipe of ours, of a few minutes (digits: "
+                           "also what trains without --dataset):\n" + "\n".join(map(recipe, OURS)),
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
     one = commands.add_mutually_exclusive_group()
@@ -64,8 +74,8 @@ def make_parser():
     commands.add_argument("--seeds", type=number(1), metavar="K",
                           help="with --table: runs of each row (default: 1)")
     one.add_argument("--figure", choices=FIGURES,
-                     help="draw a figure of the paper, after running what its table lacks; or "
-                          "what a study has run")
+                     help="draw a figure of the paper, running missing results first, or of a "
+                          "study, from existing results")
     one.add_argument("--report", action="store_true", help="render README's tables from results/")
     commands.add_argument("--check", action="store_true",
                           help="with --report: only compare, exit 1 if it differs")
@@ -176,7 +186,7 @@ def show_list():
 
 
 def check_commands(commands, given):
-    """A flag that the command would not heed is refused."""
+    """Reject flags that the command ignores."""
     for flag, needed in (("check", "report"), ("row", "table"), ("seeds", "table")):
         if flag in commands and needed not in commands:
             raise Problem(f"--{flag}: of use with --{needed} alone")

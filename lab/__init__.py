@@ -1,4 +1,4 @@
-"""The rooms of train.py, a concern each; imports run one way.
+"""The modules behind train.py, one per concern; imports run one way.
 
 train, explore, why -> use, tables -> paper, bench -> fit -> checkpoint, measure
 -> data, figures -> digits, folders, results -> config -> runtime

@@ -157,7 +157,7 @@ def restore(run, state):
 
 
 def write_log(run):
-    """log.jsonl anew, header and an entry an epoch: replaced whole, so readable after any kill."""
+    """Write log.jsonl, a header and one entry per epoch, as a whole: readable after any kill."""
     if rank() == 0:
         text = "".join(json.dumps(line) + "\n" for line in [run.header, *run.history])
         write_file(run.folder / "log.jsonl", text.encode())

@@ -50,7 +50,7 @@ class Split:
 class Data:
     """A data set.   side: of what the model sees;  mean, std: (C,), of training images in [0, 1]
 
-    source: what tells its images from others, wherever they lie
+    source: what distinguishes its images from others, wherever they lie
     """
 
     name: str
@@ -169,7 +169,7 @@ def read_data(device, fields, files):
 
 
 def files_now(config):
-    """What tells the image files of a Config from those that lay there before."""
+    """What distinguishes the image files of a Config from those that lay there before."""
     if LOADERS[config.dataset] in (load_digits, load_torchvision):
         return None
     splits = [split_folder(Path(config.data_path), split) for split in ("train", "test")]

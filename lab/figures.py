@@ -112,7 +112,7 @@ def draw_figure2(lines, title, path):
 
 
 def draw_figure4(lines, title, path):
-    """Training loss without and with divergence; a panel a network, as losses differ.   [Fig. 4]"""
+    """Training loss without and with divergence, one panel per network.   [Fig. 4]"""
     figure, axes = canvas(1, 2)
     figure.suptitle(shortened(title, 120), fontsize=10)
     for name, found in lines.items():
@@ -174,7 +174,7 @@ def draw_few(parts, path):
 
 
 def draw_routing(parts, path):
-    """Error against routing iterations, a panel a part whose rows are their number.
+    """Error against routing iterations, one panel per part whose rows are their number.
 
     parts: [(data, {row: {column: {seed: error}}}), ...]
     """

@@ -86,7 +86,7 @@ class Run:
     epoch: int = 0                 # completed
     step: int = 0                  # completed in this epoch
     totals: Tensor = None          # sums over steps: 1, then what train_step gives
-    history: list = dataclasses.field(default_factory=list)     # an entry an epoch
+    history: list = dataclasses.field(default_factory=list)     # one entry per epoch
     seconds: float = 0.0           # spent on it so far
     moments: list = dataclasses.field(default_factory=list)     # Figure 2's, of routed networks
 

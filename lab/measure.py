@@ -1,4 +1,4 @@
-"""What is measured of a run's network: errors, agreement of votes, what its units tell apart."""
+"""What is measured of a run's network: errors, agreement of votes, what its units distinguish."""
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ def variance_between_samples(unit, low):
     """Share of variance between samples in the features that a feedback unit extracts.
 
     Of their directions z, which are all that the cosine cost sees: 1 - |mean z|^2 / mean |z|^2.
-    Towards 1: features tell samples apart; 0: all samples look alike, the trivial minimum.
+    Towards 1: features distinguish samples; 0: all samples look alike, the trivial minimum.
     low: (B, low, H, W), in eval mode, or BatchNorm's averages move -> scalar, in [0, 1)
     """
     z = F.normalize(unit.extract(low).float())                           # (B, F)

@@ -147,7 +147,7 @@ TABLES |= {
         dict(dataset="digits", model="encapnet-small", hold_out=True), {"error": {}},
         {f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)})],
     "few": [study(
-        "the feedback unit where images are few: MNIST at 16x16, a column a number of training "
+        "the feedback unit where images are few: MNIST at 16x16, one column per number of training "
         "images, drawn anew for every seed", FEW, FEW_SIZES,
         {"no feedback": {},
          **{f"no feedback, rate {lr:g}": dict(lr=lr) for lr in (0.001, *RATES)},
@@ -163,7 +163,7 @@ TABLES |= {
          "vanilla generator (d4)": dict(set=dict(generator="vanilla")),
          "l2 cost (d5)": dict(set=dict(cost="l2")), "two units": dict(set=dict(feedback=2)),
          "eps 1": dict(set=dict(eps=1.0))}), study(
-        "photographs: cifar10-jpeg at 32x32, a column a number of training images",
+        "photographs: cifar10-jpeg at 32x32, one column per number of training images",
         dict(FEW, **PHOTOGRAPHS, image_size=32),
         {images: FEW_SIZES[images] for images in ("500", "2000")},
         {"no feedback": {}, "OT, lambda 10": dict(lam=10.0)}, own_data=True)],

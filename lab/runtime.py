@@ -1,4 +1,4 @@
-"""What every room stands on: a Problem and how it is told, files, devices, processes."""
+"""What every module of lab builds on: errors and their messages, files, devices, processes."""
 import contextlib
 import functools
 import os

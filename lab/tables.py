@@ -48,7 +48,7 @@ PAPERS = ("dataset", "image_size", "train_images", "test_images", "hold_out", "s
 # ---- The runner ----------------------------------------------------------------------------------
 
 def of_seeds(config, runs):
-    """The results of a Config, one a seed."""
+    """The results of a Config, one per seed."""
     return [line for (key, _), line in sorted(runs.items()) if key == config_key(config)]
 
 

@@ -1,4 +1,4 @@
-"""explore: its pictures, its attacks; the README's examples; how the rooms lie."""
+"""explore: its pictures, its attacks; the README's examples; how the modules import one another."""
 import json
 import math
 import re
