@@ -186,6 +186,9 @@ def test_explained_variance_known_answers():
     together, alone = measure.explained_variance(z, torch.stack([plain, square], 1), labels)
     assert together[0] > 1 - 1e-9 and together[1] < 0.02
     assert alone[0, 1].item() == pytest.approx(0.8, abs=0.05) and alone[:, 4].eq(0).all()
+    noise = measure.explained_variance(torch.randn(80, 39).double(), torch.randn(80, 3),
+                                       torch.zeros(80))[0]
+    assert noise.eq(0).all()                                           # 40 images are fitted wholly
 
 
 def test_changes_are_the_ones_named():
