@@ -36,7 +36,7 @@ Where the paper is ambiguous, or we differ from it or from the authors' released
     2  kernel of the aide ........... CapConv           8  scales . RoutedCapsules, CapConv, CapNet
     3  generator, extractor ......... FeedbackUnit      9  stem, vanilla generator ....... EncapNet
     4  softmax over i ............... dynamic_routing  10  EM's activations and scores ..... CapNet
-    5  EM is standardised over j .... standardise      11  Table 1's (d), (e), (f) .. CNN, EncapNet6
+    5  EM is standardised over j .... standardise      11  Table 1 by logs . CNN, CapNet, EncapNet6
     6  coefficients start at 1 ...... CapConv
 """
 import inspect
@@ -835,7 +835,7 @@ class EncapNet6(Network):
 class CapNet(Network):
     """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
 
-    Both routed layers have a bias, as the logged number of parameters implies.
+    Deviation 11: both routed layers have a bias, as the logged number of parameters implies.
     routing, iterations, softmax, standardised, b_init, factored: as RoutedCapsules
     fifth_conv: one more 3x3 convolution before the capsules: the depth of Table 1's other rows
     Deviation 10: the activation of a lower capsule of EM is the sigmoid, not the released ReLU, of
