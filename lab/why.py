@@ -1,10 +1,12 @@
-"""Why three choices were made: the measurements behind three figures of results/README.md.
+"""Why networks are built as they are: the measurements behind four figures of results/README.md.
 
     python -m lab.why em       routing by EM, log densities standardised over j or left as they are
     python -m lab.why burst    the first epoch with the feedback unit at the paper's weight, 10
     python -m lab.why scale    initial weights of BatchNorm in capConv, lengths and errors
+    python -m lab.why steps    from a ResNet to EncapNet, one change at a time (hours)
 
-Each writes runs/why-NAME.png and its numbers, runs/why-NAME.json.
+Each writes runs/why-NAME.png and its numbers, runs/why-NAME.json.  `steps` writes its numbers after
+every run, and runs only what the file lacks.
 """
 import json
 import math
@@ -19,9 +21,10 @@ from torch.nn.utils import get_total_norm
 import encapnet
 from lab.config import Parser, make_config
 from lab.data import load_data, normalised, shuffle
-from lab.figures import COLOURS, canvas, draw_series, save_figure
-from lab.fit import build_run, classification_loss, start, train_step
+from lab.figures import COLOURS, canvas, draw_series, interval, save_figure
+from lab.fit import build_run, classification_loss, make_optimizer, start, train_step
 from lab.measure import evaluate, first_images, forward
+from lab.paper import SMALL, model_row, row_config
 from lab.results import environment
 from lab.runtime import RUNS, guarded, say, write_file
 
@@ -144,12 +147,18 @@ SCALES = {"1 (torch's default)": lambda d: 1.0, "1.4 / sqrt(d)": lambda d: 1.4 /
           "1 / sqrt(d)": lambda d: 1 / math.sqrt(d)}
 
 
+def train(run):
+    """All epochs of a run -> share of wrong answers in % in the last, in training."""
+    while run.epoch < run.config.epochs:
+        wrong = [train_step(run, *batch)[2] for batch in batches(run)]
+    return 100 * torch.stack(wrong).mean().item()
+
+
 def rescale(net, scale):
     """Set BatchNorm's weight in every capConv to a function of its capsule dimension."""
-    for layer in net.modules():
-        if isinstance(layer, encapnet.CapConv):
-            dim = layer.norm.num_features // layer.types
-            nn.init.constant_(layer.norm.weight, scale(dim))
+    for layer in capconvs(net):
+        dim = layer.norm.num_features // layer.types
+        nn.init.constant_(layer.norm.weight, scale(dim))
 
 
 @torch.no_grad()
@@ -160,9 +169,8 @@ def starting_lengths(net, x):
     def record(layer, inputs, image):
         capsules = image.unflatten(1, (layer.types, -1))                 # (B, G, d, H, W)
         seen.setdefault(capsules.shape[2], []).append(capsules.norm(dim=2).mean().item())
-    for layer in net.train().modules():
-        if isinstance(layer, encapnet.CapConv):
-            layer.register_forward_hook(record)
+    for layer in capconvs(net.train()):
+        layer.register_forward_hook(record)
     net(x)
     return {dim: statistics.mean(lengths) for dim, lengths in seen.items()}
 
@@ -179,9 +187,7 @@ def scale(train_images=6000, seeds=3):
             device = start(config)
             run = build_run(config, load_data(config, device), device)
             rescale(run.net, function)
-            while run.epoch < config.epochs:
-                for batch in batches(run):
-                    train_step(run, *batch)
+            train(run)
             found[name]["errors"].append(evaluate(run)["error"])
             say(f"{name}, seed {seed}: held-out error {found[name]['errors'][-1]:.2f} %")
         deep = encapnet.build("encapnet", types=8, feedback=0)
@@ -203,20 +209,127 @@ def scale(train_images=6000, seeds=3):
     return figure, found
 
 
+# ---- From a ResNet to EncapNet -------------------------------------------------------------------
+# EncapNet with all its parts but the first k replaced by a ResNet's; each function undoes one part.
+
+def capconvs(net):
+    return [layer for layer in net.modules() if isinstance(layer, encapnet.CapConv)]
+
+
+def plain_convolutions(net):
+    """Every layer one ordinary 3x3 convolution, in place of master, aide and coefficients."""
+    for layer in capconvs(net):
+        low, high = layer.master.in_channels, layer.master.out_channels
+        layer.master = nn.Conv2d(low, high, 3, layer.master.stride, padding=1, bias=False)
+        layer.coefficients = layer.aide = None
+
+
+def no_squash(net):
+    for layer in capconvs(net):
+        layer.norm_relu_squash = lambda s, norm: norm(s).relu()
+
+
+def fixed_coefficients(net):
+    for layer in capconvs(net):
+        layer.coefficients = "fixed"
+        del layer.from_v1, layer.from_v2
+
+
+def pooled_classes(net):
+    """Average pooling and a linear layer for capFC; scores are logits."""
+    net.classes = nn.Linear(net.types * net.classes.weight.shape[0], 10)
+    net.scores = lambda u: net.classes(u.mean((2, 3)))
+
+
+def tenfold_lengths(net):
+    """For cross entropy: lengths below 1 as logits would never tell classes apart."""
+    lengths = net.scores
+    net.scores, net.logits = lambda u: 10 * lengths(u), True
+
+
+PARTS = {"master and aide, added": plain_convolutions, "squash": no_squash,
+         "BatchNorm from 1 / sqrt(d)": partial(rescale, scale=lambda d: 1.0),
+         "coefficients m1, m2": fixed_coefficients,
+         "class capsules (cross entropy)": pooled_classes,
+         "margin loss (EncapNet)": tenfold_lengths}
+
+
+def partial_network(net, parts):
+    """EncapNet with the first `parts` of PARTS alone."""
+    for undo in reversed(list(PARTS.values())[parts:]):
+        undo(net)
+
+
+def steps(data_path, seeds=3):
+    """The setting of Table 3 in small, with held-out images for the test -> figure, found.
+
+    found: {network: {"held-out", "training": [error in % of each seed]}}
+    """
+    names = ["ResNet", "EncapNet's layers and skips", *(f"+ {part}" for part in PARTS)]
+    found, data = known("steps"), None
+    for seed in range(seeds):
+        for k, name in enumerate(names):
+            errors = found.setdefault(name, {"held-out": [], "training": []})
+            if len(errors["held-out"]) > seed:
+                continue
+            config = row_config(
+                SMALL, model_row("resnet18" if k == 0 else "encapnet", feedback=0),
+                dict(data_path=f"{data_path}/cifar10-jpeg", augment="+", flip=True, hold_out=True,
+                     loss="margin" if k > len(PARTS) else "ce", seed=seed, device="cpu"))
+            device = start(config)
+            data = data or load_data(config, device)
+            run = build_run(config, data, device)
+            if k > 0:
+                partial_network(run.net, k - 1)
+                run.optimizer = make_optimizer(config, run.net.parameters(), device)
+            wrong = train(run)
+            errors["training"].append(wrong)
+            errors["held-out"].append(evaluate(run)["error"])
+            say(f"{name}, seed {seed}: error {errors['held-out'][-1]:.2f} %, training {wrong:.2f}")
+            keep("steps", found)
+    figure, ((axis,),) = canvas(1, 1, width=8, height=4)
+    for kind, colour in zip(("held-out", "training"), COLOURS, strict=False):
+        middles, halves = zip(*(interval(found[name][kind]) for name in names), strict=True)
+        axis.errorbar(middles, range(len(names)), xerr=halves, fmt="o", capsize=2, color=colour,
+                      label=f"{kind} images")
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"error (%), mean and 95 % interval of {seeds} seeds")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure, found
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+def known(name):
+    """What an earlier command has found."""
+    path = RUNS / f"why-{name}.json"
+    return json.loads(path.read_text())["found"] if path.exists() else {}
+
+
+def keep(name, found):
+    path = RUNS / f"why-{name}.json"
+    RUNS.mkdir(exist_ok=True)
+    numbers = {"why": name, "found": found, "environment": environment(torch.device("cpu"))}
+    write_file(path, json.dumps(numbers).encode())
+    return path
+
+
 def command(words):
     parser = Parser("python -m lab.why", description=__doc__)
-    parser.add_argument("name", choices=("em", "burst", "scale"), help="what to measure, as above")
+    parser.add_argument("name", choices=("em", "burst", "scale", "steps"),
+                        help="what to measure, as above")
     parser.add_argument("--data-path", default="data", metavar="DIR",
-                        help="folder with MNIST, for em (default: data)")
+                        help="folder with MNIST, for em, and cifar10-jpeg, for steps "
+                        "(default: data)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(words)
-    measure = {"em": partial(em, given.data_path), "burst": burst, "scale": scale}[given.name]
+    measure = {"em": partial(em, given.data_path), "burst": burst, "scale": scale,
+               "steps": partial(steps, given.data_path)}[given.name]
     figure, found = measure()
-    path = RUNS / f"why-{given.name}.png"
-    save_figure(figure, path)
-    numbers = {"why": given.name, "found": found, "environment": environment(torch.device("cpu"))}
-    write_file(path.with_suffix(".json"), json.dumps(numbers).encode())
-    say(f"wrote {path.with_suffix('.json')}")
+    save_figure(figure, RUNS / f"why-{given.name}.png")
+    say(f"wrote {keep(given.name, found)}")
 
 
 main = partial(guarded, "lab.why", command)
