@@ -321,26 +321,105 @@ def test_an_epochs_line_and_log_are_the_means_of_its_steps(trial, monkeypatch, c
     assert any(values[2] != .5 for *_, values in steps)
 
 
+# By a clock that only steps and tests move
+
+@pytest.fixture
+def timed(monkeypatch):
+    """timed(step, tests) -> [now]: each step takes `step` seconds, the k-th test tests[k]."""
+    now = [1e6]
+
+    def slow(place, name, seconds):
+        true = getattr(place, name)
+
+        def slowly(*given):
+            now[0] += next(seconds)
+            return true(*given)
+        monkeypatch.setattr(place, name, slowly)
+
+    def start(step, tests):
+        slow(fit, "train_step", itertools.repeat(step))
+        slow(measure, "evaluate", iter(tests))
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "time", lambda: -now[0])               # a clock that is set back
+        return now
+    return start
+
+
 @pytest.mark.parametrize("seconds, steps", [(0, [0, 1, 2, 3, 4]), (20, [0, 2, 4]), (25, [0, 3]),
                                             (1000, [0])])
-def test_a_checkpoint_is_saved_after_so_many_seconds(seconds, steps, trial, monkeypatch):
+def test_a_checkpoint_is_saved_after_so_many_seconds(seconds, steps, trial, timed, monkeypatch):
     """A step takes ten seconds, an epoch has four; besides, at the start and the end of a run."""
     trial(toy_data(train=16), Toy)
-    now, saved, true, save = [1e6], [], fit.train_step, checkpoint.save
-
-    def slow_step(*given):
-        now[0] += 10
-        return true(*given)
+    timed(10, [0, 0])
+    saved, save = [], checkpoint.save
 
     def noted(run, **keywords):
         saved.append(4 * run.epoch + run.step)
         save(run, **keywords)
-    monkeypatch.setattr(fit, "train_step", slow_step)
     monkeypatch.setattr(checkpoint, "save", noted)
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "time", lambda: -now[0])    # a clock that is set back
     fit.fit(config_of(epochs=1, save_every=seconds, output_dir="run"))
     assert saved == [*steps, 4]
+
+
+def times(folder):
+    """Seconds since the start and images per second, of each epoch in the log."""
+    entries = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines()[1:])
+    return [pytest.approx((e["time"]["seconds"], e["time"]["images_per_second"])) for e in entries]
+
+
+def left(text):
+    return re.findall(r"error: .*  (\S+ images/s  \S+ left)", text)
+
+
+def test_seconds_are_of_all_epochs_speed_of_an_epochs_steps_and_the_rest_by_the_mean(
+        trial, timed, capsys):
+    """Epochs of 60, 120 and 30 seconds, four steps of four images in 4 ms and a test each; the
+    result's own test is of no epoch, and the two images of no batch are not counted."""
+    trial(toy_data(train=18), Toy)
+    timed(0.001, [59.996, 119.996, 29.996, 1000])
+    assert fit.fit(config_of(epochs=3, output_dir="run"))["seconds"] == 210
+    assert times("run") == [(60, 4000), (180, 4000), (210, 4000)]
+    assert left(capsys.readouterr().out) == [
+        "4,000 images/s  2m00s left", "4,000 images/s  1m30s left", "4,000 images/s  0m00s left"]
+
+
+def test_a_run_that_goes_on_keeps_the_seconds_of_its_epochs_before(trial, timed, capsys):
+    """The night between two sittings is none of them."""
+    trial(toy_data(train=16), Toy)
+    now = timed(10, [5, 15, 0, 5, 5, 0])
+    plan = config_of(epochs=2, output_dir="run")
+    assert fit.fit(plan)["seconds"] == 100
+    now[0] += 30_000
+    capsys.readouterr()
+    assert fit.fit(dataclasses.replace(plan, epochs=4))["seconds"] == 190
+    assert times("run") == [(45, 0.4), (100, 0.4), (145, 0.4), (190, 0.4)]
+    assert left(capsys.readouterr().out) == ["0 images/s  0m48s left", "0 images/s  0m00s left"]
+
+
+def test_the_speed_of_an_epoch_that_was_cut_off_is_of_its_other_steps(trial, timed, monkeypatch):
+    """Cut off in the second step of the second epoch, after the first was saved."""
+    trial(toy_data(train=16), Toy)
+    now, count = timed(10, [5, 5, 0]), iter(range(99))
+    plan, slow_step = config_of(epochs=2, save_every=0, output_dir="run"), fit.train_step
+
+    def cut_off(*given):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return slow_step(*given)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit, "train_step", cut_off)
+        fit.fit(plan)
+    now[0] += 30_000
+    seconds = fit.fit(plan)["seconds"]
+    assert times("run") == [(45, 0.4), (seconds, 0.4)]
+    assert 45 + 35 <= seconds <= 45 + 45                  # the step before may count or not
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0m00s"), (59.4, "0m59s"), (59.6, "1m00s"), (605, "10m05s"), (3599.4, "59m59s"),
+    (3599.6, "1h00m"), (7 * 3600 + 9 * 60 + 59, "7h09m"), (90_000, "25h00m")])
+def test_a_time_is_told_in_minutes_and_from_an_hour_on_in_hours(seconds, text):
+    assert fit.clock(seconds) == text
 
 
 def test_every_process_has_as_many_images_of_a_batch(trial, monkeypatch):
