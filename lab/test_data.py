@@ -29,6 +29,7 @@ from lab.data import (
     views,
 )
 from lab.folders import annotated_boxes, decode, hard_classes
+from lab.runtime import Problem
 
 CPU = torch.device("cpu")
 
@@ -205,14 +206,16 @@ def test_normalised_training_images_have_mean_0_and_deviation_1_in_each_channel(
 
 
 def sorted_by_class(root, dataset, n=12, classes=10):
-    """A data set whose first images are all of its first class, image k full of number k."""
+    """A data set whose first images are all of its first class; training image k is full of number
+    k, test image k of 128 + k."""
+    number = np.arange(n * classes, dtype=np.uint8)
+    pixels = {split: (number + 128 * (split != "train"))[:, None, None].repeat(34, 1).repeat(34, 2)
+              for split in COUNTS}
     if dataset == "mnist":
-        truth = {split: (np.arange(n * classes, dtype=np.uint8)[:, None, None].repeat(28, 1)
-                         .repeat(28, 2), np.arange(n * classes) // n) for split in COUNTS}
-        return write_idx(root, "MNIST", truth)
-    write_tree(root, {split: {f"c{c}": [np.full((34, 34, 3), n * c + k, np.uint8)
-                                        for k in range(n)] for c in range(classes)}
-                      for split in ("train", "val")})
+        return write_idx(root, "MNIST", {split: (images[:, :28, :28], number // n)
+                                         for split, images in pixels.items()})
+    write_tree(root, {split: {f"c{c}": list(images[number // n == c]) for c in range(classes)}
+                      for split, images in pixels.items()})
     return root
 
 
@@ -228,7 +231,8 @@ def test_some_images_are_of_all_classes_and_always_the_same(dataset, tmp_path):
 
     def numbers(**fields):
         found = load(**some, **fields)
-        kept = [part.images[:, 0, 16, 16].tolist() for part in (found.train, found.test)]
+        kept = [(part.images[:, 0, 16, 16] - first).tolist()
+                for part, first in ((found.train, 0), (found.test, 128))]
         for part, numbers in zip((found.train, found.test), kept, strict=True):
             assert part.labels.tolist() == [k // 12 for k in numbers]      # labels stay with images
             assert len(part.labels.unique()) >= 9                          # of 10 classes
@@ -236,9 +240,9 @@ def test_some_images_are_of_all_classes_and_always_the_same(dataset, tmp_path):
     train, test = numbers()
     assert len(set(train)) == 40 and len(set(test)) == 50
     assert numbers(seed=3) == [train, test]
-    others = [numbers(seed=seed, resample=True) for seed in (3, 4)]
-    assert others[0][0] != train != others[1][0] != others[0][0]
-    assert others[0][1] == others[1][1] == test                            # a test stays a test
+    third, fourth, again = (numbers(seed=seed, resample=True) for seed in (3, 4, 3))
+    assert third[0] != train != fourth[0] != third[0] and again == third
+    assert third[1] == fourth[1] == test                                   # a test stays a test
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -253,6 +257,17 @@ def test_hold_out_tests_every_tenth_training_image(dataset, held, tmp_path, monk
         images, labels, _ = next(part.batches([torch.arange(len(part))], CPU))
         assert images[:, 0, 16, 16].tolist() == list(numbers)
         assert labels.tolist() == [k // 12 for k in numbers]
+    np.testing.assert_allclose(found.mean, moments_of(next(found.train.batches(
+        [torch.arange(108)], CPU))[0])[0], rtol=1e-5)
+
+
+def test_hold_out_of_training_images_of_which_some_are_kept_wants_ten(tmp_path):
+    sorted_by_class(tmp_path, "folder")
+    some = dict(dataset="folder", data_path=str(tmp_path), image_size=32, hold_out=True)
+    found = load(**some, train_images=19)
+    assert (len(found.train), len(found.test)) == (18, 1)
+    with pytest.raises(Problem, match="--hold-out: no tenth of 9 training images"):
+        load(**some, train_images=9)
 
 
 def test_digits_are_drawn_for_their_split_and_seed(monkeypatch):

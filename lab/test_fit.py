@@ -19,10 +19,9 @@ from PIL import Image
 import encapnet
 from conftest import HERE
 from lab import checkpoint, fit, measure, use
-from lab.config import make_config, merge
-from lab.data import Data, Split, enlarged, load_data
+from lab.config import make_config
+from lab.data import Data, Split, enlarged
 from lab.digits import draw_digits
-from lab.runtime import Problem
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -225,6 +224,21 @@ def test_a_step_is_the_formula(optimizer, loss, schedule, clip, trial):
         weights = weights - rate * optimizer(gradients)
         np.testing.assert_allclose(numbers(run.net), weights, rtol=1e-4, atol=1e-5)
     assert not clip or min(norms) < clip < max(norms), norms             # both kinds were seen
+
+
+def test_a_step_tells_when_each_of_its_parts_is_done(trial):
+    """The network was asked, the gradient is there, the weights have moved."""
+    data, told = toy_data(), []
+    trial(data, Toy)
+    run, asked = build(data), []
+    run.net.register_forward_hook(lambda *call: asked.append(True))
+
+    def tick(part):
+        moved = not np.allclose(numbers(run.net).detach(), WEIGHTS)
+        told.append((part, bool(asked), run.net.w.grad is not None, moved))
+    fit.train_step(run, data.train.images, data.train.labels, torch.rand(8, 7), tick)
+    assert told == [("data", False, False, False), ("forward", True, False, False),
+                    ("backward", True, True, False), ("optimizer", True, True, True)]
 
 
 @pytest.mark.parametrize("schedule", ["steps", "one-cycle"])
@@ -655,60 +669,6 @@ def test_test_only_normalises_as_training_did(augment, trial, capsys):
     assert ours["error"] != theirs["error"]
     assert f"test error {ours['error']:.2f} %, top-5 {ours['top5_error']:.2f} %, 150 images" \
         in capsys.readouterr().out
-
-
-# ---- What a run is asked to be -------------------------------------------------------------------
-
-def loaded(pictures, **fields):
-    return load_data(make_config(dataset="folder", data_path=str(pictures), **fields), CPU)
-
-
-def rows(images):
-    return [image.numpy().tobytes() for image in images]
-
-
-def test_resample_draws_other_training_images_a_seed_and_never_other_test_images(pictures):
-    def kept(seed, **fields):
-        data = loaded(pictures, train_images=12, test_images=6, seed=seed, **fields)
-        assert len(data.train) == 12 and len(data.test) == 6
-        return rows(data.train.images), rows(data.test.images)
-    fixed, test = kept(0)
-    assert kept(1) == (fixed, test)
-    first, second, again = (kept(seed, resample=True) for seed in (1, 2, 1))
-    assert first == again and set(first[0]) != set(second[0]) and set(first[0]) != set(fixed)
-    assert first[1] == second[1] == test
-
-
-def test_hold_out_tests_on_every_tenth_training_image(pictures):
-    whole = loaded(pictures)
-    seen, held = (rows(split.images) for split in (whole.train, whole.test))
-    part = loaded(pictures, hold_out=True)
-    assert rows(part.test.images) == seen[9::10]
-    assert rows(part.train.images) == [row for k, row in enumerate(seen) if k % 10 != 9]
-    assert not set(rows(part.test.images)) & set(rows(part.train.images))
-    assert not set(held) & set(rows(part.train.images) + rows(part.test.images))
-    for split in (part.train, part.test):                 # labels go with their images
-        number = [seen.index(row) for row in rows(split.images)]
-        assert torch.equal(split.labels, whole.train.labels[number])
-    x = part.train.images.double() / 255
-    torch.testing.assert_close(part.mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-    with pytest.raises(Problem, match="--hold-out: no tenth of 9 training images"):
-        loaded(pictures, hold_out=True, train_images=9)
-    assert len(loaded(pictures, hold_out=True, train_images=10).test) == 1
-
-
-def test_what_is_given_goes_before_fast_before_the_data_sets_before_the_papers():
-    assert merge({"lr": 1, "set": {"a": 1, "b": 1}}, {"set": {"b": 2}}) == \
-        {"lr": 1, "set": {"a": 1, "b": 2}}
-    fields = dict(dataset="imagenet", set={"types": 4})
-    paper, fast = make_config(**fields), make_config(**fields, recipe="fast")
-    assert (paper.lr, paper.batch_size, paper.clip) == (1e-4, 256, 0)    # the paper's, imagenet's
-    assert fast.batch_size > 256 and fast.lr > 1e-4 and fast.clip == 1
-    given = make_config(**fields, recipe="fast", lr=.5, batch_size=8, clip=0.)
-    assert (given.lr, given.batch_size, given.clip, given.epochs) == (.5, 8, 0, fast.epochs)
-    assert fast.set == {"types": 4, "stem_stride": 4}     # what is big is made smaller at once
-    assert make_config(dataset="imagenet", set={"stem_stride": 2}).set == {"stem_stride": 2}
-    assert make_config(dataset="cifar10").set == {}
 
 
 # ---- Feedback units that have stopped to look ----------------------------------------------------

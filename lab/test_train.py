@@ -22,7 +22,7 @@ import lab.config
 import train
 from conftest import FOLDER, HERE, NARROW, Done, assert_one_line, kill_at, run, state_of
 from lab import bench, fit, runtime
-from lab.config import AUGMENT, DATASETS, MODELS, Config, make_config
+from lab.config import AUGMENT, DATASETS, MODELS, Config, make_config, merge
 from lab.fit import batch_size, learning_rate, no_bar
 from lab.results import config_key
 from lab.runtime import Problem, count, guarded, reason
@@ -250,6 +250,20 @@ def test_every_flag_goes_before_the_recipe_of_own_images():
     for fields in (dict(milestones=(3,)), dict(steps=9, epochs=3)):
         with pytest.raises(Problem, match="--steps"):
             make_config(dataset="folder", **fields)
+
+
+def test_what_is_given_goes_before_fast_before_the_data_sets_before_the_papers():
+    assert merge({"lr": 1, "set": {"a": 1, "b": 1}}, {"set": {"b": 2}}) == \
+        {"lr": 1, "set": {"a": 1, "b": 2}}
+    fields = dict(dataset="imagenet", set={"types": 4})
+    paper, fast = make_config(**fields), make_config(**fields, recipe="fast")
+    assert (paper.lr, paper.batch_size, paper.clip) == (1e-4, 256, 0)    # the paper's, imagenet's
+    assert fast.batch_size > 256 and fast.lr > 1e-4 and fast.clip == 1
+    given = make_config(**fields, recipe="fast", lr=.5, batch_size=8, clip=0.)
+    assert (given.lr, given.batch_size, given.clip, given.epochs) == (.5, 8, 0, fast.epochs)
+    assert fast.set == {"types": 4, "stem_stride": 4}     # what is big is made smaller at once
+    assert make_config(dataset="imagenet", set={"stem_stride": 2}).set == {"stem_stride": 2}
+    assert make_config(dataset="cifar10").set == {}
 
 
 def test_tables_keep_to_the_paper_on_a_folder_of_images():
