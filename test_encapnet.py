@@ -1253,6 +1253,28 @@ def test_feedback_runs_from_module_output_to_input_and_is_summed(name, feedback,
     assert len({id(unit) for unit, *_ in pairs}) == 4 * feedback         # each with its own weights
 
 
+@pytest.mark.parametrize("name", ["encapnet", "resnet18"])
+def test_feedback_trains_the_layers_below_both_images_of_every_unit(name):
+    """Its gradient by the first layer of each module is its slope: on that layer depend both images
+    of the module's second unit, the higher one of its first, and all that is above.
+
+    Of KL, of which nothing is detached; by central differences, of which rtol is the accuracy.
+    """
+    model, x, h = network(name, feedback=2, divergence="kl"), images(), 1e-6
+    for module in model.blocks:
+        layer = module.type_I if name == "encapnet" else module.first
+        weights = [p for p in layer.parameters() if p.dim() > 1]
+        gradient = torch.autograd.grad(model(x)[1], weights)
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradient))
+
+        def moved(by):
+            with torch.no_grad():
+                for p, g in zip(weights, gradient, strict=True):         # noqa: B023
+                    p += by * g / norm                                   # noqa: B023
+                return model(x)[1].item()
+        assert (moved(h) - moved(-2 * h)) / (2 * h) == pytest.approx(norm, rel=1e-4)
+
+
 # ------------------------------------------------------------ the paper's sizes, without arithmetic
 
 def on_meta(name, image_size=32, **overrides):

@@ -1,6 +1,7 @@
 """Data sets are what was written, by every reader; augmentation against torchvision's."""
 import gzip
 import pickle
+import random
 import re
 import shutil
 import urllib.request
@@ -248,7 +249,8 @@ def test_some_images_are_of_all_classes_and_always_the_same(dataset, tmp_path):
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("dataset", ["mnist", "folder"])
 def test_hold_out_tests_every_tenth_training_image(dataset, held, tmp_path, monkeypatch):
-    """Choosing on them, nobody sees the test images, nor is one trained on that is tested."""
+    """Choosing on them, nobody sees the test images, nor is one trained on that is tested; moments
+    are of those that are trained on."""
     sorted_by_class(tmp_path, dataset)
     monkeypatch.setattr(folders, "HELD_BYTES", folders.HELD_BYTES if held else 0)
     found = load(dataset=dataset, data_path=str(tmp_path), image_size=32, hold_out=True)
@@ -394,6 +396,62 @@ def test_the_short_side_is_resized_and_the_middle_is_cut_out(width, height, tmp_
     expected = 2 * (long / 2 - 0.5 + steps).clamp(0, long - 1)
     red = image[0] if width > height else image[0].T
     assert (red - expected).abs().max() < 2.5 and (image[0] + image[1] - 255).abs().max() <= 2
+
+
+@pytest.mark.parametrize("width, height, resized, corner", [
+    (96, 64, (48, 32), (8, 0)), (70, 100, (32, 46), (0, 7)),             # 45.7 is 46
+    (16, 24, (32, 48), (0, 8)), (35, 32, (35, 32), (1, 0))])
+def test_noise_is_resized_by_pils_bilinear_filter(width, height, resized, corner, tmp_path):
+    """Downwards every pixel counts; a box is cut out first.  To the last bit."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image, (left, top) = Image.fromarray(noise), corner
+    expected = np.asarray(image.resize(resized, Image.Resampling.BILINEAR))
+    expected = torch.tensor(expected[top:top + 32, left:left + 32]).permute(2, 0, 1)
+    assert torch.equal(decode(image, 32), expected)
+    scene = Image.new("RGB", (200, 200), "red")
+    scene.paste(image, (30, 50))
+    scene.save(tmp_path / "scene.png")
+    box = (30, 50, 30 + width, 50 + height)
+    assert torch.equal(decode(tmp_path / "scene.png", 32, box), expected)
+
+
+def random_states():
+    """Of torch, numpy and Python."""
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+
+def test_reading_images_draws_nothing_from_the_programs_random_numbers(workers, tmp_path):
+    """Nor does the order of an epoch; a run's own draws come from its seed."""
+    random_tree(tmp_path)
+    before = random_states()
+    found = load(dataset="folder", data_path=str(tmp_path), image_size=32, train_images=12,
+                 test_images=5, resample=True, seed=3, augment="+", model="encapnet-small")
+    for part in (found.train, found.test):
+        assert len(list(part.batches(torch.arange(len(part)).split(3), CPU, workers))) > 1
+    shuffle(12, 3, 1)
+    load(train_images=20, test_images=20, model="encapnet-small")
+    assert random_states() == before
+
+
+def test_the_same_files_labelled_otherwise_are_other_images(tmp_path):
+    """The last of one class, as the first of the next: names, sizes and numbers stay in order."""
+    random, paths = np.random.default_rng(0), []
+    for split in ("train", "test"):
+        for name in ("ant/1", "ant/2", "bee/3", "bee/4"):
+            paths.append(tmp_path / "own" / split / f"{name}.png")
+            paths[-1].parent.mkdir(parents=True, exist_ok=True)
+            noise = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(paths[-1])
+    def source(root="own"):
+        return load(dataset="folder", data_path=str(tmp_path / root), model="cnn-same").source
+    before = source()
+    shutil.copytree(tmp_path / "own", tmp_path / "elsewhere")
+    assert source("elsewhere") == before
+    for path in paths[1::4]:                              # ant/2 of either split
+        path.rename(path.parents[1] / "bee" / path.name)
+        assert source() != before
+        (path.parents[1] / "bee" / path.name).rename(path)
+    assert source() == before
 
 
 def test_whole_pixels_are_cut_off(tmp_path):

@@ -654,6 +654,24 @@ def test_predict_names_the_likeliest_class_first(channels, logits, trial, capsys
     np.testing.assert_allclose([float(s) for _, s in named], scores[order], atol=6e-4)
 
 
+def test_predict_names_images_in_the_order_given_and_those_of_a_folder_by_name(trial, capsys):
+    """Each with its own answer, however its suffix is written."""
+    data, net = toy_data(classes=10), Reader(False)
+    trial(data, lambda: net)
+    fit.fit(config_of(epochs=0, output_dir="run"))
+    Path("nest/deep").mkdir(parents=True)
+    expected = []
+    for file in ("z.PNG", "nest/b.BMP", "nest/c.Png", "nest/deep/a.png", "a.png"):
+        image = torch.randint(256, (3, 4, 4), dtype=torch.uint8)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+        scores = scores_by_hand(net, image, data.mean, data.std)
+        expected.append(f"{file}: class{scores.argmax()} {scores.max():.3f}")
+    capsys.readouterr()
+    use.predict(["z.PNG", "nest", "a.png"], {"resume": "run"})
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == expected
+    assert len({line.split()[1] for line in expected}) > 1
+
+
 @pytest.mark.parametrize("augment", ["none", "+"])
 def test_test_only_normalises_as_training_did(augment, trial, capsys):
     """Other images with other moments: the network's own moments hold."""
