@@ -560,6 +560,33 @@ def test_every_cell_of_every_table_is_its_own_runs_result(cli):
                              for name, cell in row.items() if name.endswith(ours.split()[-1]))
 
 
+# Copied from the paper, part by part: two spaces separate rows; "-": the paper prints none
+PRINTED = {
+    "1": ["14.28 0.37 151.24 3961 8 .444  12.66 0.31 152.44 10078 4 .957  "
+          "14.43 0.38 24.44 1652 128 .026  12.09 0.33 146.88 2420 128 .146  "
+          "13.87 0.31 25.76 1433 128 .039  11.93 0.25 60.68 1755 128 .061"],
+    "3": ["9.83  8.05  9.11  7.41  6.81  6.75  5.82  4.55",
+          "5.82 8.03  5.31 7.72  4.58 7.67  4.71 -  4.77 -  5.79 -  5.01 -  4.90 -"],
+    "4": ["4.55 26.77 2.01  3.13 24.01 1.64  3.10 24.18 1.52  5.84 27.66 -  6.37 27.40 -  "
+          "6.43 - -  6.55 24.28 -  6.75 28.86 1.81  7.09 31.75 1.77  7.51 30.83 -  "
+          "8.22 34.57 1.92  8.80 35.68 2.35  9.22 33.78 -  9.35 38.57 2.47  11.00 - -",
+          "48.23  43.15  42.76  40.18  40.05  42.51  44.13  55.76  60.18",
+          "7.51  7.89  8.43  6.21"],
+    "5": ["14.79  14.41  14.28  14.25", "14.35  14.28  14.11",
+          "15.61 15.38 14.97  15.02 14.87 14.50  14.30 15.18 14.28  14.76 fail 15.31"]}
+
+
+@pytest.mark.parametrize("table", PRINTED)
+def test_the_papers_figures_are_those_that_it_prints(table):
+    parts = [part for part in TABLES[table] if not part.study]
+    for part, printed in zip(parts, PRINTED[table], strict=True):
+        found = [[paper.get(column) for column in part.columns] + [*paper.get("cost", ())]
+                 for _, _, paper in part.rows]
+        expected = [[float(word) if word[-1].isdigit() else {"-": None}.get(word, word)
+                     for word in row.split()] for row in printed.split("  ")]
+        assert found == expected, part.title
+
+
 @pytest.mark.parametrize("words, shown", [
     ("--dataset cifar10 --lr 0.1", ["14.28", "10.00", "-4.28"]),
     ("--dataset cifar100", ["14.28", "10.00"]), ("--epochs 7", ["14.28", "10.00"]),
