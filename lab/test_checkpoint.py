@@ -1,4 +1,5 @@
 """A run is never lost, never wrong: faults are caused for real, in processes of their own."""
+import dataclasses
 import errno
 import functools
 import io
@@ -15,6 +16,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ from conftest import (
     two_processes,
 )
 from lab import fit
-from lab.checkpoint import load_checkpoint, newest
+from lab.checkpoint import caught_signals, check_same, load_checkpoint, newest
 from lab.config import make_config
 from lab.runtime import Problem, write_file
 
@@ -340,6 +342,26 @@ def test_other_images_are_refused_with_the_way_out(change, half, place):
     done = run(place, "--resume run --data-path elsewhere").last()
     assert_one_line(done, "other images", "--data-path", "--init run")
     assert {p: p.read_bytes() for p in half.iterdir() if p.suffix == ".pt"} == before
+
+
+def test_a_list_of_classes_may_lie_elsewhere_if_the_classes_are_the_same():
+    def request(place):
+        return make_config(dataset="h-imagenet", data_path=place, class_list=f"{place}/list.txt")
+    data = SimpleNamespace(classes=["n02", "n01"], source="9 files")
+    state = {"config": dataclasses.asdict(request("here")), "epoch": 1,
+             "data": {"classes": ["n02", "n01"], "source": "9 files"}}
+    check_same(request("there"), data, state, "run")
+    state["data"]["classes"] = ["n01", "n02"]
+    with pytest.raises(Problem, match="other images"):
+        check_same(request("there"), data, state, "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_after_a_run_a_signal_is_what_it_was_before(number):
+    before = signal.getsignal(number)
+    with caught_signals():
+        assert signal.getsignal(number) is not before
+    assert signal.getsignal(number) is before
 
 
 def test_a_finished_run_does_not_answer_for_other_images(reference, place):

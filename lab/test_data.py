@@ -652,6 +652,23 @@ def test_images_of_one_colour_are_told_before_training(colour, told, copy, cli):
     assert any("of one colour" in line for line in lines[:first]) is told
 
 
+def test_a_channel_that_never_changes_is_no_lack_of_colours(copy, cli):
+    for file in (copy / "train").glob("*/*"):
+        Image.merge("RGB", (*Image.open(file).split()[:2], Image.new("L", (32, 32), 7))).save(file)
+    assert "of one colour" not in cli(COPY, "--epochs 0").out
+
+
+@pytest.mark.parametrize("suffix", "jpg jpeg jfif png bmp gif ppm tif tiff webp pgm".split())
+def test_an_image_is_known_by_these_suffixes_and_read(suffix, copy):
+    """Of one colour, that no format changes by much."""
+    image = Image.new("L" if suffix == "pgm" else "RGB", (32, 32), "gray")
+    for name in (f"x.{suffix}", f"X.{suffix.upper()}"):
+        image.save(copy / "test/ant" / name)
+    found = load(dataset="folder", data_path=str(copy), model="cnn-same").test.images
+    grey = (found.int() - 128).abs().amax((1, 2, 3)) <= 3
+    assert len(found) == 15 + 2 and grey.sum() == 2
+
+
 @pytest.mark.parametrize("change", [
     lambda root: shutil.copytree(root / "train/ant", root / "train/dog"),
     lambda root: (root / "train/ant/0.png").unlink(),
@@ -738,6 +755,16 @@ def test_h_imagenet_cuts_boxes_and_checks(cli):
     (Path("own") / "Annotations/n02/n02_train_0.xml").write_text("<annotation><object>")
     assert_one_line(cli(H_IMAGENET), "n02_train_0.xml is damaged")
     assert_one_line(cli(H_IMAGENET.replace("list.txt", "none.txt")), "none.txt")
+
+
+def test_a_class_list_that_changed_is_read_anew_in_the_same_process(tmp_path):
+    imagenet_tree(tmp_path)
+    (tmp_path / "list.txt").write_text("n02 n03")
+    fields = dict(dataset="h-imagenet", data_path=str(tmp_path), image_size=32,
+                  class_list=str(tmp_path / "list.txt"))
+    assert load(**fields).classes == ["n02", "n03"]
+    (tmp_path / "list.txt").write_text("n03 n01 n02")
+    assert load(**fields).classes == ["n03", "n01", "n02"]
 
 
 def test_a_box_is_enlarged_by_a_tenth_of_its_sides_if_they_have_50_pixels(tmp_path):

@@ -38,6 +38,27 @@ def test_results_are_read_by_their_config(tmp_path, monkeypatch):
     assert (benches, speeds) == (["b"], ["s"]) and read_results() == ({}, [], [])
 
 
+def test_later_files_win_and_ones_own_results_are_the_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = {"config": dataclasses.asdict(make_config(dataset="mnist")), "seed": 0}
+    Path("results").mkdir()
+    for file, error in (("b", 2.0), ("a", 1.0)):
+        Path(f"results/{file}.jsonl").write_text(json.dumps({**line, "error": error}))
+    (found,) = read_results()[0].values()
+    assert found["error"] == 2
+    record({**line, "error": 3.0})
+    (found,) = read_results(results.OWN)[0].values()
+    assert found["error"] == 3
+
+
+def test_a_result_on_own_images_is_named_by_their_folder_wherever_it_lies():
+    here, there, other = (config_key(make_config(dataset="folder", data_path=path))
+                          for path in ("a/birds", "/b/birds/", "a/fish"))
+    assert here == there != other
+    assert config_key(make_config(dataset="mnist", data_path="a")) == \
+        config_key(make_config(dataset="mnist", data_path="b"))
+
+
 def test_a_torn_line_costs_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     record({"n": 1})

@@ -23,7 +23,7 @@ from lab.config import make_config
 from lab.fit import make_model
 from lab.measure import agreement
 from lab.paper import SGD_RATE, TABLES, asked_parts, part_cells, row_config
-from lab.results import config_key, data_name, read_results
+from lab.results import as_json, config_key, data_name, read_results, record
 from lab.runtime import Diverged, Problem
 from lab.tables import run_missing, summary
 
@@ -219,6 +219,23 @@ def test_table_1_measures_cost(cli, quick):
     lines = map(json.loads, Path("runs/results.jsonl").read_text().splitlines())
     benches = [line["bench"] for line in lines if "bench" in line]
     assert [b["batch"] for b in benches] == [128]
+
+
+def test_table_1_measures_a_cost_once_per_device(cli, faked, monkeypatch):
+    faked()
+    measured, here = [], {}
+
+    def measure(config):
+        measured.append((config.model, config.batch_size, here["device"]))
+        record({"bench": {**as_json(config, bench.COST), "batch": config.batch_size, **here,
+                          "memory_MB": 1., "step_seconds": 1.}})
+    monkeypatch.setattr(bench, "bench_step", measure)
+    monkeypatch.setattr(tables, "environment", lambda device: here)
+    for name in ("a card", "a card", "another"):
+        here["device"] = name
+        assert cli("--table 1 --row '(c)' '(b)'").code == 0
+    assert measured == [("capnet-em", 4, "a card"), ("cnn-same", 128, "a card"),
+                        ("capnet-em", 4, "another"), ("cnn-same", 128, "another")]
 
 
 def test_under_torchrun_table_1_runs_without_its_costs(cli, faked, monkeypatch):

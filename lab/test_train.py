@@ -150,6 +150,25 @@ def test_one_line_holds_the_cause():
     assert reason(ValueError("one\ntwo")) == "one" and reason(ValueError(" ")) == "ValueError"
 
 
+@pytest.mark.parametrize("name, there, rank, device", [
+    ("auto", True, None, "cuda"), ("auto", False, None, "cpu"), ("auto", True, "3", "cuda:3"),
+    ("cuda", True, "1", "cuda:1"), ("cuda:0", True, "1", "cuda:0"), ("cpu", True, "1", "cpu")])
+def test_a_device_is_the_gpu_where_there_is_one_and_of_several_processes_each_its_own(
+        name, there, rank, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)     # it can be used
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert runtime.pick_device(name) == torch.device(device)
+
+
+def test_a_batch_is_refused_that_does_not_divide_among_processes(monkeypatch):
+    monkeypatch.setattr(runtime, "world", lambda: 3)
+    assert runtime.start(make_config(batch_size=6, device="cpu")) == torch.device("cpu")
+    with pytest.raises(Problem, match="--batch-size 8 .* 3 processes"):
+        runtime.start(make_config(batch_size=8, device="cpu"))
+
+
 def test_debug_shows_the_traceback(cli):
     assert "Traceback" in cli("--resume nowhere --debug").err
 
