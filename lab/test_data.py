@@ -420,9 +420,12 @@ def random_states():
     return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
 
-def test_reading_images_draws_nothing_from_the_programs_random_numbers(workers, tmp_path):
+def test_reading_images_draws_nothing_from_the_programs_random_numbers(workers, tmp_path,
+                                                                      monkeypatch):
     """Nor does the order of an epoch; a run's own draws come from its seed."""
     random_tree(tmp_path)
+    for split in ("train", "test"):                                        # one: drawn sooner
+        monkeypatch.setitem(digits.TYPEFACES, split, ["DejaVuSans"])
     before = random_states()
     found = load(dataset="folder", data_path=str(tmp_path), image_size=32, train_images=12,
                  test_images=5, resample=True, seed=3, augment="+", model="encapnet-small")

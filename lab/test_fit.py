@@ -436,6 +436,19 @@ def test_a_time_is_told_in_minutes_and_from_an_hour_on_in_hours(seconds, text):
     assert fit.clock(seconds) == text
 
 
+@pytest.mark.parametrize("epochs, moments", [
+    (600, [0, 60, 240, 600]), (25, [0, 3, 10, 25]), (2, [0, 1, 2]), (0, [0])])
+def test_routing_is_looked_at_before_training_and_once_a_share_of_it_is_done(epochs, moments,
+                                                                            monkeypatch):
+    """After the epoch in which a tenth, four tenths and all are reached.   [Fig. 2]"""
+    monkeypatch.setattr(measure, "agreement", lambda *given: {"percent": []})
+    run = build(toy_data(side=8, held=8), model="capnet-dynamic", set={"types": 1}, image_size=8,
+                epochs=epochs)
+    for run.epoch in range(epochs + 1):
+        fit.look_at_routing(run)
+    assert run.moments == [{"epoch": epoch, "percent": []} for epoch in moments]
+
+
 def test_every_process_has_as_many_images_of_a_batch(trial, monkeypatch):
     trial(toy_data(train=7), Toy)
     for processes, batch in ((1, 7), (2, 6), (3, 6), (4, 4)):
