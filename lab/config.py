@@ -193,9 +193,9 @@ def make_config(**given):
         raise Problem("--steps settles the epochs: no --epochs with it, and no --milestones")
     if config.augment == "++" and "epochs" not in given:                 # our choice
         config.steps, config.epochs = round(1.5 * config.steps), round(1.5 * config.epochs)
-    if "milestones" not in given:
-        before = dataclasses.replace(config, epochs=Config(**settings).epochs)
-        config = with_epochs(before, config.epochs)
+    if "milestones" not in given:                                        # idle in one cycle
+        planned = Config if config.schedule == "steps" else Config(**settings)
+        config = with_epochs(dataclasses.replace(config, epochs=planned.epochs), config.epochs)
     source = DATASETS[config.dataset]
     usual = encapnet.MODELS[config.model].image_size if config.model in encapnet.MODELS else 0
     config.image_size = config.image_size or max(source.side, usual)

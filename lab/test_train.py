@@ -234,6 +234,14 @@ def test_epochs_scale_milestones_and_jitter_trains_longer():
     assert make_config(dataset="cifar10", augment="++", epochs=7).epochs == 7
 
 
+def test_a_recipe_of_few_epochs_has_its_milestones_within_them():
+    """Where the schedule asked for has any."""
+    assert make_config(schedule="steps").milestones == pytest.approx((2 / 3, 1, 4 / 3))
+    assert make_config(schedule="steps", epochs=6).milestones == (2, 3, 4)
+    fast = make_config(dataset="mnist", recipe="fast", schedule="steps")
+    assert (fast.epochs, fast.milestones) == (30, (10, 15, 20))
+
+
 def test_a_model_brings_its_size_and_its_loss():
     assert make_config(dataset="h-imagenet", model="encapnet-v3").image_size == 224
     assert make_config(dataset="imagenet", model="encapnet-v3", image_size=64).image_size == 64
