@@ -517,6 +517,23 @@ def test_the_random_state_goes_on_where_a_run_was_cut_off(trial, monkeypatch):
         assert torch.equal(weights[0][name], weights[1][name])
 
 
+def test_a_run_has_a_result_when_it_is_finished_and_only_then(trial, monkeypatch):
+    """Killed before its result was written, it writes one; with more epochs to go, it has none."""
+    trial(toy_data(), Toy)
+    plan, file = config_of(epochs=1, output_dir="run"), Path("run/result.json")
+    first = fit.fit(plan)
+    file.unlink()
+    assert fit.fit(plan)["error"] == first["error"] and file.exists()
+
+    def cut_off(*given):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit, "train_step", cut_off)
+        fit.fit(dataclasses.replace(plan, epochs=3))
+    assert not file.exists()
+    assert fit.fit(dataclasses.replace(plan, epochs=3))["epochs"] == 3 and file.exists()
+
+
 # ---- An evaluation -------------------------------------------------------------------------------
 
 def scores_by_hand(net, image, mean, std):
@@ -629,6 +646,8 @@ def test_classes_are_unbalanced_where_one_has_twice_the_images_of_another(counts
 @pytest.mark.parametrize("guessing", [False, True])
 def test_the_best_epoch_is_no_result(guessing, trial, monkeypatch):
     data = toy_data(test=90, classes=10)
+    data.test.labels[:] = torch.arange(90) % 10
+    data.train.labels[:] = torch.tensor([0, 1] * 4 if guessing else [0] * 6 + [1] * 2)
     trial(data, lambda: Reader(False))
     run = build(data, epochs=4)
     run.folder = Path()
@@ -643,6 +662,7 @@ def test_the_best_epoch_is_no_result(guessing, trial, monkeypatch):
     assert result["best_by_test_error"] == {"epoch": 2, "test_error": 10}
     assert (result["loss"], result["feedback"], result["train_error"]) == (3, -3, 9)
     assert result["outcome"] == ("at chance" if guessing else "ok") and result["epochs"] == 4
+    assert result["unbalanced"] is not guessing           # of training images
     assert result["curves"]["test_error"] == [50, 10, 30, 20]
     assert result["parameters"] == run.net.weight.numel()
 
