@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -354,6 +355,18 @@ def test_a_list_of_classes_may_lie_elsewhere_if_the_classes_are_the_same():
     state["data"]["classes"] = ["n01", "n02"]
     with pytest.raises(Problem, match="other images"):
         check_same(request("there"), data, state, "run")
+
+
+@pytest.mark.parametrize("schedule, epochs, refused", [
+    ("steps", 8, False), ("steps", 3, False), ("steps", 2, True),
+    ("one-cycle", 8, True), ("one-cycle", 6, False)])
+def test_epochs_may_change_where_the_rate_of_those_done_does_not(schedule, epochs, refused):
+    """Of six epochs three are done.  One cycle is planned as a whole."""
+    before = make_config(dataset="mnist", schedule=schedule, milestones=(2,), epochs=6)
+    data = SimpleNamespace(classes=["0"], source="")
+    state = {"config": dataclasses.asdict(before), "epoch": 3, "data": vars(data)}
+    with pytest.raises(Problem, match=f"epochs 6 -> {epochs}") if refused else nullcontext():
+        check_same(dataclasses.replace(before, epochs=epochs), data, state, "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

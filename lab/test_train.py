@@ -312,7 +312,8 @@ def test_steps_settle_the_epochs_and_a_run_goes_on_with_them(cli, monkeypatch):
         assert list(config["milestones"]) == [2 / 3, 1, 4 / 3]
     assert "already finished" in cli(words, "--steps 25").out
     assert "going on" in cli("--resume run --epochs 3").out
-    assert json.loads(Path("run/result.json").read_text())["epochs"] == 3
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["epochs"] == result["config"]["epochs"] == 3           # by which it is found
     assert_one_line(cli("--resume run --recipe fast"), "recipe")
     assert cli(words, "--steps 1 --output-dir one").code == 0            # an epoch at least
     assert json.loads(Path("one/result.json").read_text())["epochs"] == 1
