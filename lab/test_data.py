@@ -547,6 +547,13 @@ def test_pixels_of_every_scale_are_what_they_look_like(kind, tmp_path):
         assert (decode(image, 32).int() - want).abs().max() <= 1
 
 
+@pytest.mark.parametrize("highest, white", [
+    (1, 1), (1.01, 255), (255, 255), (256, 4095), (4095, 4095), (4096, 65535), (65535, 65535)])
+def test_white_is_the_end_of_the_smallest_range_that_holds_an_image(highest, white):
+    found = decode(np.resize(np.float32([0, highest]), (32, 32)), 32)
+    assert found.unique().tolist() == [0, round(255 * highest / white)]
+
+
 @pytest.mark.parametrize("values", [(-1, 1), (0, 1e6), (0, np.nan)])
 def test_pixels_of_no_known_scale_are_refused_by_name(values, copy, cli):
     pixels = np.resize(np.float32(values), (32, 32))
