@@ -712,6 +712,15 @@ def test_folder_layouts_that_cannot_work(copy, cli):
     assert_one_line(cli(FOLDER.replace("32", "99")), "--train-images 99", "only 36")
 
 
+def test_val_is_read_where_there_is_no_test(copy):
+    fields = dict(dataset="folder", data_path=str(copy), model="cnn-same")
+    shutil.copytree(copy / "test", copy / "val")
+    (copy / "val/ant/0.png").unlink()
+    assert len(load(**fields).test) == 15
+    shutil.rmtree(copy / "test")
+    assert len(load(**fields).test) == 14
+
+
 @pytest.mark.parametrize("name", ["test", "val"])
 def test_a_class_without_test_images_is_said_once_and_the_rest_is_tested(name, copy, cli):
     """Its folder empty or not there; the line names the folder that is read."""

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from matplotlib import get_data_path
 from matplotlib.ft2font import FT2Font
 
+from lab import digits
 from lab.digits import CELL, GLYPH, POSE, TYPEFACES, draw_digits, pose_glyphs, rasterise
 
 # ---- Printed digits ------------------------------------------------------------------------------
@@ -173,6 +174,25 @@ def test_two_neighbours_in_three_stand_on_the_line_beyond_the_digit_as_high_as_i
     shares = [(ink.flatten(1) & where.flatten(1)).sum() / where.sum()
               for where in (inside, gap, above)]
     assert shares[0] > .4 and max(shares[1:]) < .5 * shares[0], shares
+
+
+@pytest.mark.parametrize("width", [0, 2])
+def test_the_middles_of_neighbours_are_ten_pixels_apart_or_more(width, monkeypatch):
+    """By their widths and a gap of .08 to .3 heights; 99 pixels, out of the image, if missing."""
+    seen = []
+    monkeypatch.setattr(digits, "pose_glyphs", lambda glyphs, poses: seen.append(poses) or
+                        torch.zeros(len(poses), 32, 32))
+    digits.draw_chunk(torch.zeros(1, 10, CELL, CELL), torch.full((1, 10), float(width)),
+                      torch.Generator().manual_seed(0))
+    poses = seen[0].view(-1, 3, 5)
+    apart = (poses[:, :2, :2] - poses[:, 2:, :2]).norm(dim=2)
+    there = apart < 98
+    assert 0.55 < there.float().mean() < 0.8
+    gap = (apart / (20 * 2 ** poses[:, 2:, 3]) - width)[there]
+    if width:
+        assert 0.08 <= gap.min() < 0.1 and 0.28 < gap.max() <= 0.3
+    else:
+        assert apart[there].tolist() == pytest.approx([10] * int(there.sum()))
 
 
 @pytest.mark.parametrize("split", [True, False])
