@@ -1,8 +1,6 @@
 """Data sets and their batches: small sets are uint8 tensors on the device, big ones are files
 read by worker processes; augmentation is a function of (seed, epoch, image), on the device."""
 import dataclasses
-import functools
-import itertools
 import math
 from pathlib import Path
 
@@ -12,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lab import folders
-from lab.config import Config
 from lab.digits import draw_digits
-from lab.folders import Files, chosen, drawn_by, file_stamp, files_below, split_folder
+from lab.folders import Files, chosen, drawn_by
 from lab.results import data_name
 from lab.runtime import Problem, count, rank, reason, say, world
 
@@ -131,26 +128,16 @@ LOADERS = {"digits": load_digits, **dict.fromkeys(TORCHVISION, load_torchvision)
 
 
 def load_data(config, device):
-    """The data set of a Config; rank 0 first, which may download.
-
-    The last is kept, while its files are as they were.
-    """
-    names = ("dataset", "data_path", "image_size", "train_images", "test_images", "resample",
-             "hold_out", "class_list", "unreadable")
-    fields = {**{name: getattr(config, name) for name in names},
-              "augment": "none" if config.augment == "none" else "+",
-              "seed": drawn_by(config, "train")}
-    request = device, tuple(fields.items()), files_now(config)
-    if rank() == 0:
-        read_data(*request)
-    if world() > 1:
-        dist.barrier()
-    return read_data(*request)
+    """The data set of a Config; rank 0 first, which may download."""
+    for first in (True, False):
+        if first == (rank() == 0):
+            data = read_data(config, device)
+        if world() > 1:
+            dist.barrier()
+    return data
 
 
-@functools.lru_cache(maxsize=1)
-def read_data(device, fields, files):
-    config = Config(**dict(fields))
+def read_data(config, device):
     side, whole = config.image_size, config.dataset in ("imagenet", "h-imagenet")
     held = enlarged(side) if config.augment != "none" or whole else side
     splits, classes, source = LOADERS[config.dataset](config, held)
@@ -166,15 +153,6 @@ def read_data(device, fields, files):
         raise Problem(f"{data_name(config)} has one class, {classes[0]}: nothing to tell apart")
     mean, std = channel_moments(halves[0], device)
     return Data(data_name(config), classes, *halves, side, mean, std, source)
-
-
-def files_now(config):
-    """What distinguishes the image files of a Config from those that lay there before."""
-    if LOADERS[config.dataset] in (load_digits, load_torchvision):
-        return None
-    splits = [split_folder(Path(config.data_path), split) for split in ("train", "test")]
-    files = itertools.chain([config.class_list], *map(files_below, splits))
-    return hash(tuple((file, *file_stamp(file)) for file in files))
 
 
 def check_images(config, data):
