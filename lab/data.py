@@ -86,22 +86,21 @@ def load_digits(config, held):
         [str(k) for k in range(10)], ""
 
 
-TORCHVISION = {   # class; what to fetch by hand, and the folder in --data-path where it belongs
-    "mnist": ("MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist/*-ubyte.gz", "MNIST/raw"),
+TORCHVISION = {   # class, and what to fetch by hand
+    "mnist": ("MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist/*-ubyte.gz"),
     "fashion-mnist": ("FashionMNIST", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-                      "*-ubyte.gz", "FashionMNIST/raw"),
-    "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "."),
-    "cifar100": ("CIFAR100", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "."),
-    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers/",
-             "."),
+                      "*-ubyte.gz"),
+    "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "svhn": ("SVHN", "http://ufldl.stanford.edu/housenumbers/train_32x32.mat and test_32x32.mat"),
 }
 
 
 def load_torchvision(config, held):
     """One of torchvision's data sets, downloaded and checksummed by it."""
     import torchvision.datasets
-    name, address, folder = TORCHVISION[config.dataset]
-    splits = []
+    name, address = TORCHVISION[config.dataset]
+    folder, splits = Path(config.data_path, f"{name}/raw" if "MNIST" in name else ""), []
     for split in ("train", "test"):
         which = {"split": split} if name == "SVHN" else {"train": split == "train"}
         try:                                              # downloads what is not there or damaged
@@ -113,8 +112,8 @@ def load_torchvision(config, held):
         except Exception as error:                        # torchvision raises all kinds
             raise Problem(
                 f"{config.dataset}: no intact {split} files under {config.data_path}, and no "
-                f"download ({reason(error)}); put a fresh copy of {address} into "
-                f"{Path(config.data_path, folder)}") from error
+                f"download ({reason(error)}); put a fresh copy of {address} into {folder}"
+            ) from error
         images = images.unsqueeze(1) if images.dim() == 3 else images
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
         keep = chosen(len(images), config, split)
@@ -155,17 +154,12 @@ def read_data(config, device):
     return Data(data_name(config), classes, *halves, side, mean, std, source)
 
 
-def check_images(config, data):
-    """Say before training what cannot be learned from these images."""
+def check_images(data):
+    """Say before training which classes cannot be learned."""
     seen = data.train.labels.cpu().bincount(minlength=len(data.classes)).tolist()
     if empty := [name for name, n in zip(data.classes, seen, strict=True) if not n]:
-        names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
-        told = f"{data.name}: no training image of {count(len(empty), 'class')}, {names}"
-        if config.unreadable == "skip" and not config.train_images:
-            raise Problem(f"{told}, can be read; mend them, or remove the class folders")
-        say(told)
-    if (data.std <= 1e-3).all():
-        say(f"{data.name}: all training images are of one colour, so that nothing tells them apart")
+        say(f"{data.name}: no training image of {count(len(empty), 'class')}, "
+            f"{', '.join(empty[:5])}" + ", ..." * (len(empty) > 5))
 
 
 def held_out(images, labels):
@@ -180,13 +174,12 @@ def held_out(images, labels):
 def channel_moments(split, device):
     """Mean and deviation of each channel of training images in [0, 1]; of 2,000 of a big set."""
     every = 1 if isinstance(split.images, Tensor) else math.ceil(len(split) / 2000)
-    chunks = torch.arange(0, len(split), every, device=device).split(500)
-    totals = [torch.stack([torch.ones_like(x.mean((0, 2, 3))) * x[:, 0].numel(), x.sum((0, 2, 3)),
-                           x.square().sum((0, 2, 3))]).cpu()
-              for images, _, _ in split.batches(chunks, device) for x in [(images.float() / 255)]]
-    n, total, square = torch.stack(totals).double().sum(0)
-    mean = total / n
-    std = (square / n - mean ** 2).clamp(min=0).sqrt()
+    places, sums = torch.arange(0, len(split), every, device=device), 0
+    for images, _, _ in split.batches(places.split(500), device):
+        x = images.float() / 255
+        sums += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]).cpu().double()
+    mean, square = sums / (len(places) * images[0, 0].numel())
+    std = (square - mean ** 2).clamp(min=0).sqrt()
     return mean.float().to(device), std.clamp(min=1e-3).float().to(device)
 
 
@@ -198,14 +191,12 @@ def shuffle(n, seed, epoch):
     return torch.randperm(n, generator=generator), torch.rand(n, 7, generator=generator)
 
 
-def crop(images, top, left, side, mirror=None):
-    """Cut (B, C, side, side) out of (B, C, R, R), each at its place, mirrored or not (B,)."""
-    steps = torch.arange(side, device=images.device)
-    rows, columns = top[:, None] + steps, left[:, None] + steps          # (B, side)
-    if mirror is not None:
-        columns = torch.where(mirror[:, None], columns.flip(1), columns)
-    b = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[b, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+def crop(images, top, left, side, mirror):
+    """Cut (B, C, side, side) out of (B, C, R, R), each at its place, mirrored where mirror (B,)."""
+    windows = images.unfold(2, side, 1).unfold(3, side, 1)     # (B, C, top, left, side, side)
+    x = windows[torch.arange(len(images), device=images.device), :, top, left]
+    x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(3), x)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def blend(x, y, factor):
@@ -249,7 +240,7 @@ def augmented(images, draws, side, augment, flip):
     if augment == "none":
         place = torch.full_like(place, room // 2)                        # the centre
     if room or flip:
-        images = crop(images, place[:, 0], place[:, 1], side, draws[:, 2] < 0.5 if flip else None)
+        images = crop(images, *place.T, side, (draws[:, 2] < 0.5) & flip)
     x = images.float() / 255
     if augment != "++":
         return x

@@ -335,7 +335,7 @@ def fit(config):
 
 def fit_in(folder, config, device):
     data = load_data(config, device)
-    check_images(config, data)
+    check_images(data)
     if config.steps:
         epochs = round(config.steps * batch_size(config, len(data.train)) / len(data.train))
         config = dataclasses.replace(with_epochs(config, max(1, epochs)), steps=0)

@@ -106,35 +106,23 @@ def split_folder(root, split):
                   f"and {root}/test/CLASS/*.jpg (or val)")
 
 
-def shown(folder):
-    """What lies in a folder, by name, but for what is hidden or a system's own."""
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if entry.name[0] != "."
-                       and entry.name != "__MACOSX"), key=lambda entry: entry.name)
-
-
-def leads_back(path, above):
-    """Whether a folder is, by a link, one of these or one in which one of these lies."""
-    there = Path(path).resolve()
-    return any(folder.is_relative_to(there) for folder in above)
+def shown(names):
+    """Names in order, but for what is hidden or a system's own."""
+    return sorted(name for name in names if name[0] != "." and name != "__MACOSX")
 
 
 def class_folders(folder):
-    found = [entry.name for entry in shown(folder)
-             if entry.is_dir() and not leads_back(entry.path, [folder.resolve()])]
+    found = [name for name in shown(os.listdir(folder)) if (folder / name).is_dir()]
     if not found:
         raise Problem(f"{folder} has no class folders: images go to {folder}/CLASS/*.jpg")
     return found
 
 
-def files_below(folder, above=()):
-    """Paths of the files in a folder and its folders, without going round in circles of links."""
-    above = (*above, Path(folder).resolve())
-    for entry in shown(folder):
-        if not entry.is_dir():
-            yield entry.path
-        elif not leads_back(entry.path, above):
-            yield from files_below(entry.path, above)
+def files_below(folder):
+    """Paths of the files in a folder and in its folders, but not in those that are links."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = shown(folders)
+        yield from (os.path.join(place, name) for name in shown(names))
 
 
 def is_image(path):
@@ -143,11 +131,9 @@ def is_image(path):
 
 def image_files(folder, classes):
     """(path, place in classes) of every image, in the order of class names and file names."""
-    files = [(path, k) for k, name in enumerate(classes) if (folder / name).is_dir()
-             for path in files_below(folder / name, [folder.resolve()])]
-    if others := [Path(path).suffix or path for path, _ in files if not is_image(path)]:
-        say(f"{folder}: {count(len(others), 'file')} passed over, not images by their names "
-            f"({', '.join(sorted(set(others)))[:80]})")
+    files = [(path, k) for k, name in enumerate(classes) for path in files_below(folder / name)]
+    if others := {Path(path).suffix for path, _ in files if not is_image(path)}:
+        say(f"{folder}: passed over, not images by their names: *{', *'.join(sorted(others))}")
     return [(path, k) for path, k in files if is_image(path)]
 
 
@@ -162,8 +148,7 @@ def read_images(files, folder, unreadable):
     fits, n = len(files) * 3 * files.side ** 2 <= HELD_BYTES, count(len(files), "image")
     if not fits and unreadable == "trust":
         return files, range(len(files))
-    say(f"reading {n} of {folder}" if fits else
-        f"checking {n} of {folder} (--unreadable trust: do not)")
+    say(f"{'reading' if fits else 'checking'} {n} of {folder}")
     images, bad = torch.empty(len(files) * fits, 3, files.side, files.side, dtype=torch.uint8), {}
 
     def read(k):

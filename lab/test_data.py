@@ -521,30 +521,30 @@ def test_unreadable_images_stop_or_are_skipped_with_a_report(copy, cli):
     assert "copy: 34 + 15 images" in done.out
 
 
-def test_hidden_files_and_circles_of_links_are_passed_over(copy, cli, trained):
-    """By training and by --predict; a folder within a class, and a link to one, are looked into."""
+def test_hidden_files_and_links_within_a_class_are_passed_over(copy, cli, trained):
+    """By training and by --predict; a folder within a class is looked into, and a class may be a
+    link."""
     other = copy / "train/ant/0.png"
     for name in ("train/ant/._0.png", "train/.hidden/0.png", "train/ant/.ipynb_checkpoints/0.png",
                  "train/__MACOSX/0.png", "test/__MACOSX/0.png", "train/ant/__MACOSX/0.png",
-                 "train/ant/deep/er/0.JFIF", "linked/0.png", "linked/1.png"):
+                 "train/ant/deep/er/0.JFIF"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(other, copy / name)
-    for name, target in (("train/ant/loop", "."), ("train/ant/deep/loop", "../.."),
-                         ("train/bee/up", "../.."), ("train/all", "."), ("train/ant/link",
-                                                                          "../../linked"),
-                         ("linked/back", "../train/ant")):
+    for name, target in (("train/ant/loop", "."), ("train/ant/deep/loop", "../..")):
         (copy / name).symlink_to(target)
+    (copy / "train/bee").rename(copy / "bees")
+    (copy / "train/bee").symlink_to("../bees")
     done = cli(COPY)
-    assert done.code == 0 and "copy: 39 + 15 images, 3 classes" in done.out, done
+    assert done.code == 0 and "copy: 37 + 15 images, 3 classes" in done.out, done
     seen = cli(f"--resume {trained} --predict copy/train/ant").out.splitlines()
-    assert len(seen) == 15 and not [line for line in seen if "/." in line or "MACOSX" in line]
+    assert len(seen) == 13 and not [line for line in seen if "/." in line or "MACOSX" in line]
 
 
-def test_files_that_are_no_images_are_counted_once_a_folder(copy, cli):
+def test_files_that_are_no_images_are_named_once_a_folder(copy, cli):
     for name in ("train/ant/a.heic", "train/bee/b.txt", "train/bee/c.txt"):
         (copy / name).write_text("")
-    told = [line for line in cli(COPY).out.splitlines() if ".heic" in line]
-    assert len(told) == 1 and "3 files" in told[0] and ".txt" in told[0]
+    told, = (line for line in cli(COPY).out.splitlines() if ".heic" in line)
+    assert told.startswith("copy/train:") and told.count(".txt") == 1
 
 
 def test_a_link_to_nothing_is_named(copy, cli):
@@ -553,23 +553,13 @@ def test_a_link_to_nothing_is_named(copy, cli):
 
 
 def test_a_class_without_a_training_image_is_never_silent(copy, cli):
-    """Of which skipping left none: refused; which --train-images left out: said."""
+    """Of which --train-images, or skipping, left none."""
     done = cli(COPY, "--train-images 2")
-    assert done.code == 0 and "no training image of 1 class" in done.out
+    assert done.code == 0 and "no training image of 1 class, " in done.out
     for file in (copy / "train/bee").iterdir():
         file.write_text("no image")
-    assert_one_line(cli(COPY, "--unreadable skip --output-dir run"), "bee")
-    assert not Path("run").exists()
-
-
-@pytest.mark.parametrize("colour, told", [((9, 9, 9), True), ((9, 9, 10), True), (None, False)])
-def test_images_of_one_colour_are_told_before_training(colour, told, copy, cli):
-    for file in (copy / "train").glob("*/*"):
-        if colour:
-            Image.new("RGB", (32, 32), colour).save(file)
-    lines = cli(COPY).out.splitlines()
-    first = next(k for k, line in enumerate(lines) if line.startswith("epoch"))
-    assert any("of one colour" in line for line in lines[:first]) is told
+    done = cli(COPY, "--unreadable skip")
+    assert done.code == 0 and "no training image of 1 class, bee\n" in done.out
 
 
 def test_folder_layouts_that_cannot_work(copy, cli):
