@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Subset
 
 from lab import folders
 from lab.digits import draw_digits
@@ -18,9 +19,9 @@ from lab.runtime import Problem, count, rank, reason, say, world
 
 @dataclasses.dataclass
 class Split:
-    """Half of a data set.   images (n, C, R, R) uint8, or Files;  labels (n,)"""
+    """Half of a data set.   images (n, C, R, R) uint8, or files;  labels (n,)"""
 
-    images: Tensor | Files
+    images: Tensor | Files | Subset
     labels: Tensor
 
     def __len__(self):
@@ -167,8 +168,9 @@ def held_out(images, labels):
     if len(labels) < 10:
         raise Problem(f"--hold-out: no tenth of {count(len(labels), 'training image')}")
     tenth = torch.arange(len(labels)) % 10 == 9
-    return [(images[part] if isinstance(images, Tensor) else images.at(part.nonzero()[:, 0]),
-             labels[part]) for part in (~tenth, tenth)]
+    return [(images[part] if isinstance(images, Tensor)
+             else Subset(images, part.nonzero()[:, 0].tolist()), labels[part])
+            for part in (~tenth, tenth)]
 
 
 def channel_moments(split, device):

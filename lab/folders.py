@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset, Subset
 
 from lab.runtime import Problem, count, reason, say
 
@@ -40,7 +41,7 @@ def as_rgb(image):
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":                             # 16 or 32 bits, whichever way stored
         image = Image.fromarray(as_bytes(np.asarray(image.convert("F"))))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -76,7 +77,7 @@ def decode(file, side, box=None):
     return pil_to_tensor(image.crop((left, top, left + side, top + side)))
 
 
-class Files(torch.utils.data.Dataset):
+class Files(Dataset):
     """Image files, decoded when asked for.   samples: [(path, box to cut out or None)]"""
 
     def __init__(self, samples, side):
@@ -84,10 +85,6 @@ class Files(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.samples)
-
-    def at(self, places):
-        """Those at these places alone."""
-        return Files([self.samples[k] for k in places], self.side)
 
     def __getitem__(self, k):
         path, box = self.samples[k]
@@ -168,7 +165,7 @@ def read_images(files, folder, unreadable):
     if unreadable != "skip" or not keep:
         raise Problem(f"{report}; mend or remove them, or --unreadable skip")
     say(f"skipped: {report}")
-    return images[keep] if fits else files.at(keep), keep
+    return images[keep] if fits else Subset(files, keep), keep
 
 
 def load_folder(config, held):
@@ -204,26 +201,19 @@ def load_classes(config, held, classes, boxes):
 # ---- h-ImageNet   [Sec. 5] -----------------------------------------------------------------------
 
 def hard_classes(config, root):
-    """The classes of --class-list; else of the authors' 200 those that there are.
+    """Of the classes of --class-list, else of the authors' 200, those that there are.
 
-    On these a ResNet-18's top-1 error is highest; hardest first.  The list is the file
+    On the 200 a ResNet-18's top-1 error is highest; hardest first.  The list is the file
     data/imagenet/top1_hardest_200_cls.txt of github.com/hli2020/nn_encapsulation, commit 2898d2f.
     """
     file = Path(config.class_list or Path(__file__).with_name("h-imagenet-classes.txt"))
-    try:
-        classes = file.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"--class-list {file}: {error}") from error
-    if config.class_list:
-        return classes
-    folder = split_folder(root, "train")
-    here = set(class_folders(folder))
-    found = [name for name in classes if name in here]
+    classes, folder = file.read_text().split(), split_folder(root, "train")
+    found = [name for name in classes if (folder / name).is_dir()]
     if not found:
-        raise Problem(f"{folder} has none of the paper's 200 hard classes, {classes[0]} and so on; "
-                      "name others with --class-list FILE")
+        raise Problem(f"{folder} has none of the {len(classes)} classes of {file}; name "
+                      "others with --class-list FILE")
     if len(found) < len(classes):
-        say(f"{folder}: {len(found)} of the paper's {len(classes)} hard classes")
+        say(f"{folder}: {len(found)} of the {len(classes)} classes of {file}")
     return found
 
 
@@ -243,8 +233,8 @@ def annotated_boxes(root, padding=0.1, smallest=50):
                 kept = boxes.setdefault(file.stem, [])
                 if min(right - left, bottom - top) >= smallest:
                     dx, dy = padding * (right - left), padding * (bottom - top)
-                    enlarged_box = (left - dx, top - dy, right + dx, bottom + dy)
-                    kept.append(tuple(map(round, enlarged_box)))
+                    larger = left - dx, top - dy, right + dx, bottom + dy
+                    kept.append(tuple(map(round, larger)))
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise Problem(f"annotation {file} is damaged: {error}") from error
     return boxes

@@ -626,11 +626,14 @@ def test_h_imagenet_cuts_boxes_and_checks(cli):
     Path("list.txt").write_text("n02\nn03\n")
     done = cli(H_IMAGENET)
     assert done.code == 0 and "h-imagenet: 9 + 4 images, 2 classes" in done.out
-    Path("list.txt").write_text("n02\nn77\n")
-    assert_one_line(cli(H_IMAGENET), "n77")
+    Path("list.txt").write_text("n77\n")
+    assert_one_line(cli(H_IMAGENET), "own/train", "list.txt")
+    Path("list.txt").write_text("n02\nn77\nn03\n")
+    done = cli(H_IMAGENET)
+    assert done.code == 0 and "own/train: 2 of the 3 classes of list.txt" in done.out
     (Path("own") / "Annotations/n02/n02_train_0.xml").write_text("<annotation><object>")
     assert_one_line(cli(H_IMAGENET), "n02_train_0.xml is damaged")
-    assert_one_line(cli(H_IMAGENET.replace("list.txt", "none.txt")), "none.txt")
+    assert_one_line(cli(H_IMAGENET.replace("list.txt", "none.txt")), "none.txt", code=1)
 
 
 def test_a_box_is_enlarged_by_a_tenth_of_its_sides_if_they_have_50_pixels(tmp_path):
@@ -675,7 +678,7 @@ def test_h_imagenets_classes_are_the_authors_200_or_those_of_them_that_are_there
     assert hard_classes(config, Path("own")) == [names[3], names[7]]
     done = cli(H_IMAGENET.replace("--class-list list.txt", ""))
     assert done.code == 0 and "h-imagenet: 8 + 4 images, 2 classes" in done.out
-    assert "2 of the paper's 200" in done.out
+    assert "2 of the 200 classes" in done.out
     for name in (names[3], names[7]):
         shutil.rmtree(f"own/train/{name}")
     assert_one_line(cli(H_IMAGENET.replace("--class-list list.txt", "")), "own/train", "200")
