@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import encapnet
 from lab import checkpoint, measure
@@ -81,7 +81,6 @@ class Run:
     folder: Path = None
     signals: list = ()             # caught, to act on after the step
     saved: float = 0.0             # when
-    bad: Tensor = None             # first step of the epoch with such a loss, feedback; inf: none
     # --------------------------------------------------------------------------------------------
     epoch: int = 0                 # completed
     step: int = 0                  # completed in this epoch
@@ -171,16 +170,15 @@ def train_epoch(run):
     order, draws = (t.to(run.device) for t in shuffle(len(split), config.seed, run.epoch))
     chunks = [order[k * run.batch:(k + 1) * run.batch][rank()::world()] for k in range(run.steps)]
     batches = split.batches(chunks[run.step:], run.device, config.workers)
-    run.bad.fill_(math.inf)
     run.net.train()
     with tqdm(batches, f"epoch {run.epoch + 1}/{config.epochs}", run.steps, initial=run.step,
-              leave=False, file=sys.stdout, disable=no_bar()) as bar:
+              leave=False, file=sys.stdout, disable=True if rank() else None) as bar:
         for images, labels, index in bar:
+            torch.manual_seed(config.seed * 1_000_003 + run.epoch * run.steps + run.step)  # dropout
             values = train_step(run, images, labels, draws[index])
             run.step += 1
             run.totals[0] += 1
             run.totals[1:] += values
-            run.bad = run.bad.where(values[:2].isfinite(), run.bad.clamp(max=run.step))
             if run.step % config.print_freq == 0 or run.step == run.steps:
                 checkpoint.check_finite(run)
                 if not bar.disable:
@@ -198,11 +196,6 @@ def train_epoch(run):
                               f"--resume {run.folder}", 128 + caught)
 
 
-def no_bar():
-    """For tqdm: a terminal and a notebook have a bar (None: look at the file), a file has not."""
-    return True if rank() else False if "ipykernel" in sys.modules else None
-
-
 def clock(seconds):
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}h{rest // 60:02}m" if hours else f"{rest // 60}m{rest % 60:02}s"
@@ -214,12 +207,6 @@ def build_run(config, data, device):
     """A network with all that its training needs, before the first step."""
     torch.manual_seed(config.seed)
     net = make_model(config, len(data.classes), data.channels).to(device)
-    if config.channels_last and device.type == "cpu" and any(
-            isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
-            and m.in_channels < 8 for m in net.modules()):
-        say("--channels-last: off, torch crashes in this network's narrow strided 1x1 "
-            "convolutions on a CPU")
-        config = dataclasses.replace(config, channels_last=False)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     if world() > 1 and device.type == "cuda":             # on a CPU each process has its own
@@ -230,8 +217,7 @@ def build_run(config, data, device):
     double = torch.float32 if device.type == "mps" else torch.float64
     header = {"config": dataclasses.asdict(config), "environment": environment(device)}
     return Run(config, data, device, net, model, optimizer, header,
-               totals=torch.zeros(6, dtype=double, device=device),
-               bad=torch.full((2,), math.inf, device=device))
+               totals=torch.zeros(6, dtype=double, device=device))
 
 
 def begin(run, state):

@@ -1,6 +1,5 @@
 """What every module of lab builds on: errors and their messages, files, devices, processes."""
 import contextlib
-import functools
 import os
 import sys
 import traceback
@@ -35,9 +34,6 @@ def reason(error):
 def say(*words):
     if rank() == 0:
         print(*words, flush=True)
-
-
-say_once = functools.cache(say)
 
 
 def guarded(program, function, arguments=None):
@@ -75,18 +71,6 @@ def count(n, noun):
     return f"{n:,} {plural}"
 
 
-def sync_folder(folder):
-    """What was renamed in it survives a power cut; not on Windows, nor on every file system."""
-    try:
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-    except OSError as error:
-        say_once(f"{folder}: a power cut may lose what was saved last ({error.strerror})")
-
-
 def write_file(path, content, keep=None):
     """Replace path by content or leave it as it was, come what may; the old goes to `keep`."""
     temporary = path.with_name(path.name + ".tmp")
@@ -98,7 +82,6 @@ def write_file(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):                # on a full or failing disk
             temporary.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ import pickle
 import shlex
 import shutil
 import signal
-import stat
 import sys
 import threading
 import time
@@ -211,7 +210,7 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(half, place):
             assert_one_line(run(place, f"--resume {path} {command}"), path)
     assert not (place / "executed").exists()
     shutil.copy(half / "evil.pt", half / "last.pt")       # a folder falls back, or refuses
-    assert "last.pt is refused" in run(place, "--resume run --test-only").out
+    assert "last.pt is damaged or not" in run(place, "--resume run --test-only").out
     assert not (place / "executed").exists()
 
 
@@ -246,7 +245,7 @@ def test_a_nan_is_stopped_named_and_not_saved(act, culprit, step, place):
     if culprit == "PARAMETER":
         culprit = list(state["net"])[2]
     last = done.out.splitlines()[-1]
-    assert done.code == 1 and f"epoch 2, step {step}: {culprit} is not finite" in last, last
+    assert done.code == 1 and f"epoch 2, by step {step}: {culprit} is not finite" in last, last
     assert (state["epoch"], state["step"]) == (1, step - 1)
     assert all(t.isfinite().all() for t in state["net"].values() if t.is_floating_point())
 
@@ -400,18 +399,8 @@ def no_flock():
     fcntl.flock = refuse
 
 
-def no_folder_fsync():
-    true = os.fsync
-
-    def refuse(number):
-        if stat.S_ISDIR(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        true(number)
-    os.fsync = refuse
-
-
-@pytest.mark.parametrize("act", [no_fcntl, no_flock, no_folder_fsync])
-def test_what_a_system_lacks_is_left_out_with_one_line(act, place):
+@pytest.mark.parametrize("act", [no_fcntl, no_flock])
+def test_without_locks_a_run_goes_on_and_says_so_in_one_line(act, place):
     whole = break_after("", [], place)
     shutil.rmtree(place / "run")
     lacking = break_after("--save-every 0", [act], place)
@@ -434,12 +423,12 @@ def test_a_working_folder_that_cannot_be_written_costs_only_the_line_of_results(
     break_after("", [runs_cannot_be_written], place)
     assert "already finished" in run(place, "--resume run").out
     done = run(place, FOLDER)
-    assert_one_line(done, "runs/")
+    assert_one_line(done, "runs/", code=1)
 
 
 @pytest.mark.parametrize("where", ["data/train/ant/0.png/run", "/proc/run"])
 def test_an_output_dir_that_cannot_be_written_is_found_before_images_are_read(where, place):
-    assert_one_line(run(place, FOLDER, f"--output-dir {where}"), where)
+    assert_one_line(run(place, FOLDER, f"--output-dir {where}"), where, code=1)
 
 
 def test_a_run_that_does_not_begin_leaves_no_folder(place):

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 import urllib.error
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import train
 from conftest import FOLDER, HERE, NARROW, Done, assert_one_line, kill_at, run, state_of
 from lab import bench, fit, runtime
 from lab.config import AUGMENT, DATASETS, Config, make_config
-from lab.fit import batch_size, learning_rate, no_bar
+from lab.fit import batch_size, learning_rate
 from lab.results import config_key
 from lab.runtime import Problem, count, guarded, reason
 from lab.tables import row_config
@@ -272,14 +271,6 @@ def test_the_last_line_says_what_the_run_came_to(cli, monkeypatch):
         assert "test error 20.00 %" in last and ("at chance" in last) is (outcome != "ok")
         worst = [line for line in before if "cat 50.0 %, eel 20.0 %, ant 10.0 %" in line]
         assert len(worst) == unbalanced and "dog" not in "".join(worst)
-
-
-def test_a_notebook_has_a_bar_a_file_has_none(monkeypatch):
-    assert no_bar() is None                               # tqdm looks whether it is a terminal
-    monkeypatch.setitem(sys.modules, "ipykernel", None)
-    assert no_bar() is False
-    monkeypatch.setenv("RANK", "1")
-    assert no_bar() is True
 
 
 def test_a_key_names_a_result_whatever_the_seed_and_place():
