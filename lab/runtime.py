@@ -39,13 +39,9 @@ def say(*words):
 def guarded(program, function, arguments=None):
     """function(arguments) -> exit code: 0, 2 for bad input, 1 for a failure, 128 + signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if hasattr(sys.stdout, "reconfigure"):                # what it cannot show, it shows as "?"
-        sys.stdout.reconfigure(errors="replace")
     try:
         function(arguments)
         return 0
-    except BrokenPipeError:                               # piped into head
-        return 1
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -57,8 +53,7 @@ def guarded(program, function, arguments=None):
             error = Problem(f"unexpected {type(error).__name__}: {reason(error)} (--debug shows "
                             "where)", 1)
         if rank() == 0 or error.code == 1:
-            with contextlib.suppress(BrokenPipeError):    # the same Ctrl-C ended what it piped into
-                print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.code
     finally:
         if dist.is_initialized():
