@@ -28,7 +28,6 @@ import re
 import sys
 import textwrap
 from functools import partial
-from pathlib import Path
 
 import encapnet
 from lab import bench
@@ -45,26 +44,19 @@ from lab.config import (
     tested_on,
 )
 from lab.fit import clock, fit
-from lab.folders import class_folders, split_folder
 from lab.runtime import RUNS, Problem, count, guarded, say
 from lab.tables import FIGURES, TABLES, report, show_figure, show_table
 from lab.use import predict, test_only
 
 
-def recipe(dataset):
-    """A recipe of ours as the flags that it stands for."""
-    flags = ("--" + name.replace("_", "-") + f" {value}" * (value is not True)
-             for name, value in OURS[dataset].items())
-    return textwrap.fill(f"{dataset}: {' '.join(flags)}", 79, initial_indent="  ",
-                         subsequent_indent="    ", break_on_hyphens=False)
-
-
 def make_parser():
     """One flag for every field of Config, and the commands."""
+    recipes = (textwrap.fill(f"{dataset}: {settings}", 79, subsequent_indent="  ")
+               for dataset, settings in OURS.items())
     parser = Parser("train.py", description=__doc__,
                     epilog="The defaults above are the paper's, --recipe paper.  Unless asked for "
                            "it, these data sets have\na recipe of ours, of a few minutes (digits: "
-                           "also what trains without --dataset):\n" + "\n".join(map(recipe, OURS)),
+                           "also what trains without --dataset):\n" + "\n".join(recipes),
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
     one = commands.add_mutually_exclusive_group()
@@ -129,14 +121,10 @@ def with_run(given, finished):
 
 
 def own_images(given):
-    """--data-path without --dataset means a folder of images, where there is one."""
+    """--data-path without --dataset means a folder of images."""
     if "data_path" not in given or "dataset" in given:
         return given
-    try:
-        class_folders(split_folder(Path(given["data_path"]), "train"))
-    except Problem as problem:
-        raise Problem(f"--data-path without --dataset: {problem}") from problem
-    say(f"{given['data_path']} has train/CLASS: --dataset folder")
+    say("--data-path without --dataset: --dataset folder")
     return {**given, "dataset": "folder"}
 
 
@@ -148,20 +136,15 @@ def train(given):
         result = fit(Config(**merge(load_checkpoint(path)["config"], given, here)))
     else:
         result = fit(make_config(**own_images(given)))
-    best, note = result["best_by_test_error"], ""
     error = f"{tested_on(Config(**result['config']))} error"
     say(f"curves and predictions: {result['folder']}/curves.png")
     if result["unbalanced"]:
         worst = sorted((e, name) for name, e in result["class_errors"].items() if e is not None)
         say("some classes have more images than others; those most often wrong:",
             ", ".join(f"{name} {e:.1f} %" for e, name in worst[:-4:-1]))
-    if best["epoch"]:
-        centre = f"by the centre crop {result['curves']['test_error'][-1]:.2f} %, "
-        note = (f" ({centre * result['multi_crop']}the best epoch by {error}, {best['epoch']}: "
-                f"{best['test_error']:.2f} %)")
     guess = "; at chance: no better than always naming the class that most images are of"
     say(f"{error} {result['error']:.2f} % after {count(result['epochs'], 'epoch')} and "
-        f"{clock(result['seconds'])}{note}{guess * (result['outcome'] == 'at chance')}")
+        f"{clock(result['seconds'])}{guess * (result['outcome'] == 'at chance')}")
 
 
 def show_list():
@@ -178,11 +161,10 @@ def show_list():
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")
     print("tables and figures:")
-    for k, parts in TABLES.items():
-        titles = dict.fromkeys(re.split("[;:]", part.title)[0] for part in parts)
-        print(f"  --table {k:<9}", "; ".join(titles) or "architectures")
-    for k, parts in FIGURES.items():
-        print(f"  --figure {k:<8}", re.split("[;:]", parts[0].title)[0])
+    for kind, found in (("table", TABLES), ("figure", FIGURES)):
+        for k, parts in found.items():
+            titles = dict.fromkeys(re.split("[;:]", part.title)[0] for part in parts)
+            print(f"  --{kind} {k:<8}", "; ".join(titles) or "architectures")
 
 
 def check_commands(commands, given):
@@ -195,8 +177,6 @@ def check_commands(commands, given):
         told = ", ".join(sorted("--" + name.replace("_", "-") for name in idle))
         raise Problem(f"{told}: --table and --figure choose models and folders by themselves")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
-    if "table" in commands and not rows and {"row", "seeds"} & set(commands):
-        raise Problem("--table 2 is of networks, without a run: no --row, no --seeds")
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
             raise Problem(f"--row {word!r}: no such row; choose from {', '.join(rows)}")

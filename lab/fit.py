@@ -281,14 +281,12 @@ def finish(run):
     config, last = run.config, (run.history or [{}])[-1]
     multi_crop = config.augment != "none"
     test = measure.evaluate(run, multi_crop)
-    best = min(run.history, key=lambda e: e["test_error"], default={})
     result = {
         "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
         "epochs": config.epochs, **test, "multi_crop": multi_crop,
         "outcome": "at chance" if measure.at_chance(run, test["error"]) else "ok",
         "unbalanced": measure.unbalanced(run.data.train.labels),
         **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
-        "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
         "parameters": sum(p.numel() for p in run.net.parameters()),
         "seconds": round(run.seconds, 1),
         "folder": str(run.folder), "config": run.header["config"],

@@ -535,7 +535,6 @@ def test_the_best_epoch_is_no_result(guessing, trial, monkeypatch):
     result = fit.finish(run)
     assert result["error"] == pytest.approx(told["error"]) and told["error"] > 50
     assert result["class_errors"] == pytest.approx(classes)
-    assert result["best_by_test_error"] == {"epoch": 2, "test_error": 10}
     assert (result["loss"], result["feedback"], result["train_error"]) == (3, -3, 9)
     assert result["outcome"] == ("at chance" if guessing else "ok") and result["epochs"] == 4
     assert result["curves"]["test_error"] == [50, 10, 30, 20]
