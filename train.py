@@ -16,9 +16,6 @@ A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, 
 per epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
 goes on with --resume, or when the same command with an --output-dir is given again, bit for bit on
 a CPU.  runs/results.jsonl collects the results.
-
-Several processes (torchrun) share each batch.  On GPUs, BatchNorm sees the whole of it; on a CPU
-each process's BatchNorm sees its own part, so that two do not train exactly as one does.
 """
 import argparse
 import dataclasses
@@ -120,14 +117,6 @@ def with_run(given, finished):
     return {**given, "resume": path}
 
 
-def own_images(given):
-    """--data-path without --dataset means a folder of images."""
-    if "data_path" not in given or "dataset" in given:
-        return given
-    say("--data-path without --dataset: --dataset folder")
-    return {**given, "dataset": "folder"}
-
-
 def train(given):
     """Plain training: a new run, or the rest of an old one, whose settings then hold."""
     if "resume" in given:
@@ -135,7 +124,10 @@ def train(given):
         here = {"resume": None, "output_dir": str(run_folder(path))}
         result = fit(Config(**merge(load_checkpoint(path)["config"], given, here)))
     else:
-        result = fit(make_config(**own_images(given)))
+        if "data_path" in given and "dataset" not in given:
+            say("--data-path without --dataset: --dataset folder")
+            given = {**given, "dataset": "folder"}
+        result = fit(make_config(**given))
     error = f"{tested_on(Config(**result['config']))} error"
     say(f"curves and predictions: {result['folder']}/curves.png")
     if result["unbalanced"]:

@@ -102,13 +102,9 @@ def load_checkpoint(path):
 
 
 def check_same(config, data, state, folder):
-    """Refuse to resume a checkpoint of another configuration or of other images.
-
-    They may lie elsewhere, as may the list of their classes: the images themselves are compared.
-    """
+    """Refuse to resume a checkpoint of another configuration or of other images."""
     before = Config(**state["config"])
-    ours, theirs = ({**identity(c), "dataset": c.dataset, "class_list": ""}
-                    for c in (config, before))
+    ours, theirs = ({**identity(c), "dataset": c.dataset} for c in (config, before))
     if config.epochs < state["epoch"] or config.schedule == "one-cycle":
         ours["epochs"], theirs["epochs"] = config.epochs, before.epochs
     changed = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours

@@ -14,7 +14,7 @@ from lab import folders
 from lab.digits import draw_digits
 from lab.folders import Files, chosen, drawn_by
 from lab.results import data_name
-from lab.runtime import Problem, count, rank, reason, say, world
+from lab.runtime import Problem, rank, reason, world
 
 
 @dataclasses.dataclass
@@ -46,10 +46,7 @@ class Split:
 
 @dataclasses.dataclass
 class Data:
-    """A data set.   side: of what the model sees;  mean, std: (C,), of training images in [0, 1]
-
-    source: what distinguishes its images from others, wherever they lie
-    """
+    """A data set.   side: of what the model sees;  mean, std: (C,), of training images in [0, 1]"""
 
     name: str
     classes: list
@@ -58,7 +55,7 @@ class Data:
     side: int
     mean: Tensor
     std: Tensor
-    source: str = ""
+    source: str = ""          # what distinguishes own images from others, wherever they lie
 
     @property
     def channels(self):
@@ -155,18 +152,8 @@ def read_data(config, device):
     return Data(data_name(config), classes, *halves, side, mean, std, source)
 
 
-def check_images(data):
-    """Say before training which classes cannot be learned."""
-    seen = data.train.labels.cpu().bincount(minlength=len(data.classes)).tolist()
-    if empty := [name for name, n in zip(data.classes, seen, strict=True) if not n]:
-        say(f"{data.name}: no training image of {count(len(empty), 'class')}, "
-            f"{', '.join(empty[:5])}" + ", ..." * (len(empty) > 5))
-
-
 def held_out(images, labels):
     """Training images in two, nine tenths and every tenth: sorted classes stay balanced."""
-    if len(labels) < 10:
-        raise Problem(f"--hold-out: no tenth of {count(len(labels), 'training image')}")
     tenth = torch.arange(len(labels)) % 10 == 9
     return [(images[part] if isinstance(images, Tensor)
              else Subset(images, part.nonzero()[:, 0].tolist()), labels[part])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import encapnet
 from lab import checkpoint, measure
 from lab.config import PEERS, Config, tested_on, with_epochs
-from lab.data import Data, augmented, check_images, load_data, normalised, shuffle
+from lab.data import Data, augmented, load_data, normalised, shuffle
 from lab.figures import draw_run
 from lab.results import environment, record
 from lab.runtime import Problem, count, rank, say, start, world, write_file
@@ -269,8 +269,7 @@ def finish_epoch(run, since, images):
     gradient = f"gradient {norm:.2g}" + f", {100 * clipped:.0f} % clipped" * (run.config.clip > 0)
     say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss:.4f}  feedback {feedback:.4f}  "
         f"{gradient}  error: train {100 * wrong:5.2f} %  {tested_on(run.config)} "
-        f"{test['error']:5.2f} %  "
-        f"{images:,.0f} images/s  {clock(left)} left")
+        f"{test['error']:5.2f} %  {images:,.0f} images/s  {clock(left)} left")
     if run.epoch == run.config.epochs:
         checkpoint.save(run)
     checkpoint.write_log(run)
@@ -278,19 +277,14 @@ def finish_epoch(run, since, images):
 
 def finish(run):
     """The result of a finished run, recorded in its folder and in runs/results.jsonl."""
-    config, last = run.config, (run.history or [{}])[-1]
-    multi_crop = config.augment != "none"
+    config, multi_crop = run.config, run.config.augment != "none"
     test = measure.evaluate(run, multi_crop)
     result = {
-        "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
-        "epochs": config.epochs, **test, "multi_crop": multi_crop,
+        "seed": config.seed, "epochs": config.epochs, **test, "multi_crop": multi_crop,
         "outcome": "at chance" if measure.at_chance(run, test["error"]) else "ok",
         "unbalanced": measure.unbalanced(run.data.train.labels),
-        **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
         "parameters": sum(p.numel() for p in run.net.parameters()),
-        "seconds": round(run.seconds, 1),
-        "folder": str(run.folder), "config": run.header["config"],
-        "environment": run.header["environment"],
+        "seconds": round(run.seconds, 1), "folder": str(run.folder), **run.header,
         "curves": {k: [e[k] for e in run.history]
                    for k in ("loss", "feedback", "train_error", "test_error")},
         "moments": run.moments, "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -319,7 +313,6 @@ def fit(config):
 
 def fit_in(folder, config, device):
     data = load_data(config, device)
-    check_images(data)
     if config.steps:
         epochs = round(config.steps * batch_size(config, len(data.train)) / len(data.train))
         config = dataclasses.replace(with_epochs(config, max(1, epochs)), steps=0)

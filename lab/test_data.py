@@ -552,16 +552,6 @@ def test_a_link_to_nothing_is_named(copy, cli):
     assert_one_line(cli(COPY), "train/ant/gone.png: No such file", code=1)
 
 
-def test_a_class_without_a_training_image_is_never_silent(copy, cli):
-    """Of which --train-images, or skipping, left none."""
-    done = cli(COPY, "--train-images 2")
-    assert done.code == 0 and "no training image of 1 class, " in done.out
-    for file in (copy / "train/bee").iterdir():
-        file.write_text("no image")
-    done = cli(COPY, "--unreadable skip")
-    assert done.code == 0 and "no training image of 1 class, bee\n" in done.out
-
-
 def test_folder_layouts_that_cannot_work(copy, cli):
     (copy / "test/dog").mkdir()
     shutil.copy(copy / "test/ant/0.png", copy / "test/dog")

@@ -22,7 +22,6 @@ from lab import checkpoint, fit, measure, use
 from lab.config import make_config, merge
 from lab.data import Data, Split, enlarged, load_data
 from lab.digits import draw_digits
-from lab.runtime import Problem
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -535,7 +534,7 @@ def test_the_best_epoch_is_no_result(guessing, trial, monkeypatch):
     result = fit.finish(run)
     assert result["error"] == pytest.approx(told["error"]) and told["error"] > 50
     assert result["class_errors"] == pytest.approx(classes)
-    assert (result["loss"], result["feedback"], result["train_error"]) == (3, -3, 9)
+    assert [result["curves"][k][-1] for k in ("loss", "feedback", "train_error")] == [3, -3, 9]
     assert result["outcome"] == ("at chance" if guessing else "ok") and result["epochs"] == 4
     assert result["curves"]["test_error"] == [50, 10, 30, 20]
     assert result["parameters"] == run.net.weight.numel()
@@ -613,8 +612,6 @@ def test_hold_out_tests_on_every_tenth_training_image(pictures):
         assert torch.equal(split.labels, whole.train.labels[number])
     x = part.train.images.double() / 255
     torch.testing.assert_close(part.mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-    with pytest.raises(Problem, match="--hold-out: no tenth of 9 training images"):
-        loaded(pictures, hold_out=True, train_images=9)
     assert len(loaded(pictures, hold_out=True, train_images=10).test) == 1
 
 

@@ -76,7 +76,7 @@ def test_numbers_of_things(n, noun, text):
     ("--epochs -1", "--epochs"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr x", "'x'"),
     ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "whole number"),
     ("--clip -1", "--clip"), ("--clip x", "invalid number"),
-    ("--set types", "KEY=VALUE"), ("--table 9", "--table"), ("--loss hinge", "spread-fixed"),
+    ("--set types", "'types'"), ("--table 9", "--table"), ("--loss hinge", "spread-fixed"),
     ("--device tpu9", "--device"), ("--set tipes=2 --train-images 9", "types"),
     ("--set types=0 --train-images 9", "types"), ("--model resnet18 --loss margin", "logits"),
     ("--resume nowhere", "nowhere"), ("--resume", "runs"),
