@@ -29,17 +29,7 @@ from functools import partial
 import encapnet
 from lab import bench
 from lab.checkpoint import load_checkpoint, newest, run_folder
-from lab.config import (
-    DATASETS,
-    MODELS,
-    OURS,
-    Config,
-    Parser,
-    make_config,
-    merge,
-    number,
-    tested_on,
-)
+from lab.config import DATASETS, OURS, PEERS, Config, Parser, make_config, merge, number, tested_on
 from lab.fit import clock, fit
 from lab.runtime import RUNS, Problem, count, guarded, say
 from lab.tables import FIGURES, TABLES, report, show_figure, show_table
@@ -112,8 +102,7 @@ def with_run(given, finished):
     """The run of --resume, or where no path was given the newest."""
     path = given.get("resume") or given.get("output_dir") or newest(finished)
     if not path:
-        kind = "" if finished else "unfinished "
-        raise Problem(f"no {kind}run in {RUNS}/; give --resume PATH")
+        raise Problem(f"no run in {RUNS}/ to take; give --resume PATH")
     return {**given, "resume": path}
 
 
@@ -141,14 +130,12 @@ def train(given):
 
 def show_list():
     print("models, with what sets them apart (--set changes it):")
-    for name in MODELS:
-        model = encapnet.MODELS.get(name)
-        if model is None:
-            print(f"  {name:18} torchvision.models.{name}")
-            continue
+    for name, model in encapnet.MODELS.items():
         side = model.image_size
         print(f"  {name:18} {model.network.__name__}, {model.parameters:,} parameters,",
               f"{side}x{side} images", *(f"{k}={v}" for k, v in model.keywords.items()))
+    for name in PEERS:
+        print(f"  {name:18} torchvision.models.{name}")
     print("data sets:")
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")

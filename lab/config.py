@@ -33,7 +33,6 @@ DATASETS = {
 }
 PEERS = {"resnet101": {}, "wide_resnet101_2": {}, "vgg16": {},
          "googlenet": dict(aux_logits=False, init_weights=True)}
-MODELS = (*encapnet.MODELS, *PEERS)
 
 
 # ---- Arguments of a command line -----------------------------------------------------------------
@@ -104,7 +103,8 @@ class Config:
                                   "beforehand", free=True, choices=("stop", "skip", "trust"))
     workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
                                free=True)
-    model: str = model_option("encapnet", help="see --list", choices=MODELS, metavar="MODEL")
+    model: str = model_option("encapnet", help="see --list", metavar="MODEL",
+                             choices=(*encapnet.MODELS, *PEERS))
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
     init: str = model_option("", help="start from the weights of this run", metavar="RUN")
@@ -118,12 +118,10 @@ class Config:
     lr: float = train_option(1e-4, help="learning rate")
     weight_decay: float = train_option(5e-4, help="L2 penalty")
     batch_size: int = train_option(128, help="over all processes", type=number(1))
-    fit_batch: bool = train_option(False, help="smaller batches where images are few, a twentieth "
-                                   "of them (folder, recipe fast: yes, but with --batch-size)")
+    fit_batch: bool = train_option(False, help="batches of at most a twentieth of the images")
     epochs: int = train_option(600, help="scales the milestones with it", free=True)
     steps: int = train_option(0, help="as many epochs as make about N steps", metavar="N")
-    clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
-                               "never, as in the paper; every other recipe: 1", metavar="NORM")
+    clip: float = train_option(0.0, help="largest norm of the gradient; 0: any", metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")

@@ -57,10 +57,6 @@ class Data:
     std: Tensor
     source: str = ""          # what distinguishes own images from others, wherever they lie
 
-    @property
-    def channels(self):
-        return len(self.mean)
-
 
 def fit_side(images, side):
     """(n, C, H, W) uint8 -> (n, C, side, side): 28 to 32 by a border, anything else by resizing."""
@@ -105,13 +101,9 @@ def load_torchvision(config, held):
             part = getattr(torchvision.datasets, name)(config.data_path, download=True, **which)
             images = torch.as_tensor(part.data)
             labels = torch.as_tensor(part.labels if name == "SVHN" else part.targets).long()
-            if len(images) != len(labels) or not len(images):
-                raise ValueError(f"{len(images)} images, {len(labels)} labels")
         except Exception as error:                        # torchvision raises all kinds
-            raise Problem(
-                f"{config.dataset}: no intact {split} files under {config.data_path}, and no "
-                f"download ({reason(error)}); put a fresh copy of {address} into {folder}"
-            ) from error
+            raise Problem(f"{config.dataset}: no intact {split} files ({reason(error)}); put a "
+                          f"fresh copy of {address} into {folder}") from error
         images = images.unsqueeze(1) if images.dim() == 3 else images
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
         keep = chosen(len(images), config, split)

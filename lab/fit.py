@@ -59,7 +59,7 @@ def start_from(run, path):
     """The weights of --init RUN; where the classes are others, the class layer keeps its own."""
     state = checkpoint.load_checkpoint(path)
     same = state["data"]["classes"] == run.data.classes
-    keep = () if same else class_layer(run.config, len(run.data.classes), run.data.channels)
+    keep = () if same else class_layer(run.config, len(run.data.classes), len(run.data.mean))
     checkpoint.load_weights(run.net, state, f"--init {path}", keep)
     say(f"weights of {path}, after {count(state['epoch'], 'epoch')}"
         + ("" if same else "; its classes are others: the class layer starts anew"))
@@ -206,7 +206,7 @@ def clock(seconds):
 def build_run(config, data, device):
     """A network with all that its training needs, before the first step."""
     torch.manual_seed(config.seed)
-    net = make_model(config, len(data.classes), data.channels).to(device)
+    net = make_model(config, len(data.classes), len(data.mean)).to(device)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     if world() > 1 and device.type == "cuda":             # on a CPU each process has its own

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from lab.runtime import Problem, count, reason, say
 
-HELD_BYTES = 4 << 30          # folders up to this size are decoded once and held
+HELD_BYTES = 2 << 30          # folders up to this size are decoded once and held
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
             ".webp")
 FULL_SCALES = (1, 2 ** 8 - 1, 2 ** 12 - 1, 2 ** 16 - 1)          # of white in one-channel images
@@ -126,14 +126,6 @@ def is_image(path):
     return path.lower().endswith(SUFFIXES)
 
 
-def image_files(folder, classes):
-    """(path, place in classes) of every image, in the order of class names and file names."""
-    files = [(path, k) for k, name in enumerate(classes) for path in files_below(folder / name)]
-    if others := {Path(path).suffix for path, _ in files if not is_image(path)}:
-        say(f"{folder}: passed over, not images by their names: *{', *'.join(sorted(others))}")
-    return [(path, k) for path, k in files if is_image(path)]
-
-
 def fingerprint(files):
     """What identifies own images: classes, counts, names and sizes of files, not where they lie."""
     known = [(Path(path).name, k, os.path.getsize(path)) for path, k in files]
@@ -146,26 +138,24 @@ def read_images(files, folder, unreadable):
     if not fits and unreadable == "trust":
         return files, range(len(files))
     say(f"{'reading' if fits else 'checking'} {n} of {folder}")
-    images, bad = torch.empty(len(files) * fits, 3, files.side, files.side, dtype=torch.uint8), {}
 
     def read(k):
         try:
             pixels = files[k]
-            if fits:
-                images[k] = pixels
+            return pixels if fits else None
         except Problem as problem:
-            bad[k] = str(problem).removeprefix("cannot read ")
+            return problem
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, range(len(files))))
-    keep = [k for k in range(len(files)) if k not in bad]
-    if not bad:
-        return images if fits else files, keep
-    report = f"{len(bad)} of {n} cannot be read: {'; '.join(bad[k] for k in sorted(bad)[:3])}"
-    if unreadable != "skip" or not keep:
-        raise Problem(f"{report}; mend or remove them, or --unreadable skip")
-    say(f"skipped: {report}")
-    return images[keep] if fits else Subset(files, keep), keep
+        found = list(pool.map(read, range(len(files))))
+    bad = [str(x).removeprefix("cannot read ") for x in found if isinstance(x, Problem)]
+    keep = [k for k, x in enumerate(found) if not isinstance(x, Problem)]
+    if bad:
+        report = f"{len(bad)} of {n} cannot be read: {'; '.join(bad[:3])}"
+        if unreadable != "skip" or not keep:
+            raise Problem(f"{report}; mend or remove them, or --unreadable skip")
+        say(f"skipped: {report}")
+    return torch.stack([found[k] for k in keep]) if fits else Subset(files, keep), keep
 
 
 def load_folder(config, held):
@@ -182,7 +172,10 @@ def load_classes(config, held, classes, boxes):
     splits, known = [], []
     for split in ("train", "test"):
         folder = split_folder(Path(config.data_path), split)
-        files = image_files(folder, classes)
+        files = [(path, k) for k, name in enumerate(classes) for path in files_below(folder / name)]
+        if others := {Path(path).suffix for path, _ in files if not is_image(path)}:
+            say(f"{folder}: passed over, not images by their names: *{', *'.join(sorted(others))}")
+        files = [(path, k) for path, k in files if is_image(path)]
         samples = [((path, box), k) for path, k in files
                    for box in boxes.get(Path(path).stem, [None])]
         seen = {k for _, k in samples}

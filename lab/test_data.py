@@ -385,13 +385,6 @@ def test_whole_pixels_are_cut_off(tmp_path):
     assert torch.equal(found, torch.tensor(pixels[:, 1:33]).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize("on_disk", ["mnist"], indirect=True)
-def test_labels_of_another_split_are_one_line(on_disk, cli):
-    raw = Path("own/MNIST/raw")
-    (raw / "t10k-labels-idx1-ubyte").write_bytes((raw / "train-labels-idx1-ubyte").read_bytes())
-    assert_one_line(cli("--dataset mnist --data-path own --epochs 0", NARROW), "mnist", "test")
-
-
 def test_a_damaged_data_set_is_one_line(on_disk, cli):
     name, _ = on_disk
     files = [f for f in sorted(Path("own").rglob("*")) if f.is_file() and "meta" not in f.name]
