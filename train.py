@@ -48,23 +48,15 @@ def make_parser():
     commands = parser.add_argument_group("what to do; without one of these: train")
     one = commands.add_mutually_exclusive_group()
     one.add_argument("--table", choices=TABLES, help="run a table of the paper, or a study of ours")
-    commands.add_argument("--row", nargs="+", metavar="TEXT",
-                          help="with --table: only rows with this in their name")
-    commands.add_argument("--seeds", type=number(1), metavar="K",
-                          help="with --table: runs of each row (default: 1)")
-    one.add_argument("--figure", choices=FIGURES,
-                     help="draw a figure of the paper, running missing results first, or of a "
-                          "study, from existing results")
+    commands.add_argument("--row", nargs="+", metavar="TEXT", help="rows with this in their name")
+    commands.add_argument("--seeds", type=number(1), metavar="K", help="runs of each row, or 1")
+    one.add_argument("--figure", choices=FIGURES, help="draw a figure; one of the paper runs what "
+                     "it lacks first")
     one.add_argument("--report", action="store_true", help="render README's tables from results/")
-    commands.add_argument("--check", action="store_true",
-                          help="with --report: only compare, exit 1 if it differs")
-    one.add_argument("--bench", action="store_true",
-                     help="speed and memory of a training step (python -m lab.bench: of its "
-                          "parts beside others' code)")
-    one.add_argument("--test-only", action="store_true",
-                     help="test the network of --resume (default: newest)")
-    one.add_argument("--predict", nargs="+", metavar="IMAGE",
-                     help="images or folders: classify with the network of --resume")
+    commands.add_argument("--check", action="store_true", help="only compare, exit 1 if it differs")
+    one.add_argument("--bench", action="store_true", help="speed and memory of a training step")
+    one.add_argument("--test-only", action="store_true", help="test the network of --resume")
+    one.add_argument("--predict", nargs="+", metavar="IMAGE", help="classify images or folders")
     one.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(parser)

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -69,8 +68,6 @@ def read_checkpoint(path):
         Config(**state["config"])                         # train.py's, or these raise
         dict(**state["data"])
         return state
-    except FileNotFoundError:
-        raise Problem(f"no checkpoint {path}") from None
     except Exception as error:                            # a damaged file can raise anything
         raise Problem(f"{path} is damaged or not train.py's ({reason(error)})") from error
 
@@ -194,10 +191,7 @@ def locked(folder):
 
 @contextlib.contextmanager
 def caught_signals():
-    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill.
-
-    In a thread, which can catch none, whatever the program has for them stays.
-    """
+    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
     signals, first = [], []
 
     def handler(number, frame):
@@ -207,8 +201,7 @@ def caught_signals():
         first.append(time.monotonic())
         signals.append(number)
 
-    here = threading.current_thread() is threading.main_thread()
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT) if here}
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield signals
     finally:

@@ -74,10 +74,9 @@ def enlarged(side):
 
 
 def load_digits(config, held):
-    counts = (config.train_images or 10000, config.test_images or 2000)
-    return [draw_digits(n, split == "train", drawn_by(config, split))[:2]
-            for n, split in zip(counts, ("train", "test"), strict=True)], \
-        [str(k) for k in range(10)], ""
+    train = draw_digits(config.train_images or 10000, True, drawn_by(config, "train"))
+    test = draw_digits(config.test_images or 2000, False)
+    return [train[:2], test[:2]], [str(k) for k in range(10)], ""
 
 
 TORCHVISION = {   # class, and what to fetch by hand

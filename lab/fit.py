@@ -307,31 +307,28 @@ def fit(config):
     folder = [config.output_dir or (checkpoint.numbered_folder(config) if rank() == 0 else "")]
     if world() > 1:
         dist.broadcast_object_list(folder)
-    with checkpoint.locked(Path(folder[0])):              # before images are read for an hour
-        return fit_in(Path(folder[0]), config, device)
-
-
-def fit_in(folder, config, device):
-    data = load_data(config, device)
-    if config.steps:
-        epochs = round(config.steps * batch_size(config, len(data.train)) / len(data.train))
-        config = dataclasses.replace(with_epochs(config, max(1, epochs)), steps=0)
-    run = build_run(config, data, device)
-    run.folder = folder
-    state = checkpoint.load_checkpoint(folder) if checkpoint.begun(folder) else None
-    if state:
-        checkpoint.check_same(config, data, state, folder)
-        result = folder / "result.json"
-        if state["epoch"] == config.epochs and result.exists():
-            say(f"{folder} is already finished")
-            return json.loads(result.read_text())
-    elif config.init:
-        start_from(run, config.init)
-    with checkpoint.caught_signals() as run.signals:
-        begin(run, state)
-        while run.epoch < config.epochs:
-            since, before = time.monotonic(), run.step
-            train_epoch(run)
-            speed = (run.steps - before) * run.batch / max(1e-9, time.monotonic() - since)
-            finish_epoch(run, since, speed)
-        return finish(run)
+    folder = Path(folder[0])
+    with checkpoint.locked(folder):                       # before images are read for an hour
+        data = load_data(config, device)
+        if config.steps:
+            epochs = round(config.steps * batch_size(config, len(data.train)) / len(data.train))
+            config = dataclasses.replace(with_epochs(config, max(1, epochs)), steps=0)
+        run = build_run(config, data, device)
+        run.folder = folder
+        state = checkpoint.load_checkpoint(folder) if checkpoint.begun(folder) else None
+        if state:
+            checkpoint.check_same(config, data, state, folder)
+            result = folder / "result.json"
+            if state["epoch"] == config.epochs and result.exists():
+                say(f"{folder} is already finished")
+                return json.loads(result.read_text())
+        elif config.init:
+            start_from(run, config.init)
+        with checkpoint.caught_signals() as run.signals:
+            begin(run, state)
+            while run.epoch < config.epochs:
+                since, before = time.monotonic(), run.step
+                train_epoch(run)
+                speed = (run.steps - before) * run.batch / max(1e-9, time.monotonic() - since)
+                finish_epoch(run, since, speed)
+            return finish(run)

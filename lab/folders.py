@@ -33,20 +33,6 @@ def chosen(n, config, split):
     return order[:wanted].sort().values if wanted else torch.arange(n)
 
 
-def as_rgb(image):
-    """A PIL image of any mode, upright; on white where it is transparent."""
-    from PIL import Image, ImageOps
-    image.load()                                          # raises where pixels are damaged
-    with contextlib.suppress(Exception):                  # a damaged EXIF block raises anything
-        image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":                             # 16 or 32 bits, whichever way stored
-        image = Image.fromarray(as_bytes(np.asarray(image.convert("F"))))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def as_bytes(values):
     """Numbers of an image in one of the usual ranges, the smallest that holds them -> uint8."""
     low, high = values.min(), values.max()
@@ -58,18 +44,25 @@ def as_bytes(values):
 
 def decode(file, side, box=None):
     """An image file, PIL image or array (H, W) or (H, W, 3 or 4) of any kind -> (3, side, side)
-    uint8: short side resized, centre cropped.
+    uint8: upright, on white where it is transparent, short side resized, centre cropped.
 
     box: (left, top, right, bottom) to cut out first
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
     if isinstance(file, np.ndarray):
         file = Image.fromarray(file if file.dtype == np.uint8 else as_bytes(file))
     with contextlib.nullcontext(file) if isinstance(file, Image.Image) else \
             Image.open(file) as image:                    # PIL refuses what is too large
-        image = as_rgb(image)
-    image = image.crop(box) if box else image
+        image.load()                                      # raises where pixels are damaged
+        with contextlib.suppress(Exception):              # a damaged EXIF block raises anything
+            image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                             # 16 or 32 bits, whichever way stored
+        image = Image.fromarray(as_bytes(np.asarray(image.convert("F"))))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB").crop(box) if box else image.convert("RGB")
     scale = side / min(image.size)
     width, height = (max(side, round(s * scale)) for s in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -126,12 +119,6 @@ def is_image(path):
     return path.lower().endswith(SUFFIXES)
 
 
-def fingerprint(files):
-    """What identifies own images: classes, counts, names and sizes of files, not where they lie."""
-    known = [(Path(path).name, k, os.path.getsize(path)) for path, k in files]
-    return f"{len(files)} files {hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
-
-
 def read_images(files, folder, unreadable):
     """Images held in memory where they fit, else files, looked at once; places of those kept."""
     fits, n = len(files) * 3 * files.side ** 2 <= HELD_BYTES, count(len(files), "image")
@@ -169,7 +156,7 @@ def load_folder(config, held):
 
 def load_classes(config, held, classes, boxes):
     """Images of these classes, or what is in their boxes: {name of an image: [box]}."""
-    splits, known = [], []
+    splits, sources = [], []
     for split in ("train", "test"):
         folder = split_folder(Path(config.data_path), split)
         files = [(path, k) for k, name in enumerate(classes) for path in files_below(folder / name)]
@@ -184,11 +171,12 @@ def load_classes(config, held, classes, boxes):
             if split == "train" or not samples:
                 raise Problem(f"{told} (known by their names: {' '.join(SUFFIXES)})")
             say(f"{told}: not tested")
-        known.append(fingerprint(files))
+        names = json.dumps([(Path(path).name, k, os.path.getsize(path)) for path, k in files])
+        sources.append(f"{len(files)} files {hashlib.sha256(names.encode()).hexdigest()[:16]}")
         samples = [samples[k] for k in chosen(len(samples), config, split)]
         images, keep = read_images(Files([s for s, _ in samples], held), folder, config.unreadable)
         splits.append((images, torch.tensor([samples[k][1] for k in keep])))
-    return splits, classes, " + ".join(known)
+    return splits, classes, " + ".join(sources)
 
 
 # ---- h-ImageNet   [Sec. 5] -----------------------------------------------------------------------

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -40,9 +39,7 @@ from conftest import (
     state_of,
     two_processes,
 )
-from lab import fit
 from lab.checkpoint import load_checkpoint, newest
-from lab.config import make_config
 from lab.runtime import Problem, write_file
 
 # ---- A run is never lost: resume is exact --------------------------------------------------------
@@ -446,17 +443,6 @@ def test_the_first_lines_say_how_to_go_on(place):
     done = run(place, EXACT, sabotage=[act])
     assert done.code == 130
     assert "--resume run" in done.out.rpartition("train.py: stopped")[0]
-
-
-def test_fit_in_a_thread_leaves_the_programs_signals_alone(place, monkeypatch):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(fit, "draw_run", lambda *run: None)
-    before, found = signal.getsignal(signal.SIGTERM), []
-    _, given = train.parse(shlex.split(FOLDER))
-    thread = threading.Thread(target=lambda: found.append(fit.fit(make_config(**given))))
-    thread.start()
-    thread.join()
-    assert found[0]["epochs"] == 1 and signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- Several processes ---------------------------------------------------------------------------
