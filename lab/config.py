@@ -5,21 +5,14 @@ import dataclasses
 import functools
 import math
 import os
-from typing import NamedTuple
+from collections import namedtuple
 
 import encapnet
 from lab.runtime import Problem, pick_device
 
 # ---- Names: data sets, and models; torchvision has the peers of Table 4 --------------------------
 
-class Source(NamedTuple):
-    """What a data set is known by: side of its images, whether a mirror image is as good."""
-
-    side: int
-    flips: bool
-    note: str
-
-
+Source = namedtuple("Source", "side flips note")   # of images; whether a mirror image is as good
 DATASETS = {
     "digits": Source(32, False, "printed digits like SVHN's, drawn on the fly"),
     "mnist": Source(32, False, "60,000 + 10,000 grey digits, padded to 32x32"),

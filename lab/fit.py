@@ -24,25 +24,15 @@ from lab.runtime import Problem, count, rank, say, start, world, write_file
 
 # ---- The network ---------------------------------------------------------------------------------
 
-class Peer(nn.Module):
-    """A torchvision network with our interface: (logits, no feedback)."""
-
-    logits = True
-
-    def __init__(self, name, num_classes, **keywords):
-        super().__init__()
-        import torchvision
-        self.net = getattr(torchvision.models, name)(num_classes=num_classes, **keywords)
-
-    def forward(self, x):
-        logits = self.net(x)
-        return logits, logits.new_zeros(())
-
-
 def make_model(config, classes, channels):
     try:
         if config.model in PEERS:
-            return Peer(config.model, classes, **{**PEERS[config.model], **config.set})
+            import torchvision
+            net = getattr(torchvision.models, config.model)(
+                num_classes=classes, **{**PEERS[config.model], **config.set})
+            net.logits = True                             # our interface: (logits, no feedback)
+            net.register_forward_hook(lambda net, given, out: (out, out.new_zeros(())))
+            return net
         return encapnet.build(config.model, classes, channels, config.image_size, **config.set)
     except (ValueError, TypeError) as error:
         raise Problem(f"model {config.model}: {error}") from error
@@ -123,7 +113,7 @@ def learning_rate(config, progress):
 def make_optimizer(config, parameters, device):
     fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
     return {
-        "adam": lambda p, **kw: torch.optim.Adam(p, betas=(0.9, 0.999), **fused, **kw),
+        "adam": lambda p, **kw: torch.optim.Adam(p, **fused, **kw),
         "rmsprop": torch.optim.RMSprop,
         "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.9, **fused, **kw),
     }[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
