@@ -2,7 +2,7 @@
 
     python -m lab.bench routing      routing without votes against routing of votes
     python -m lab.bench sinkhorn     the divergence against POT and geomloss
-    python -m lab.bench network      EncapNet: what --compile and GroupedConv save, feedback adds
+    python -m lab.bench network      EncapNet: what --compile saves, what feedback units add
 
 and of a whole step: python train.py --bench [--model M ...].  All is measured forward and backward,
 on a CPU with one thread (but for a training step); bytes are those that torch's allocator counts.
@@ -131,31 +131,23 @@ def bench_step(config, seconds=3.0):
         record({"bench": line})
 
 
-def network_step(device, batch, compile=False, grouped=True, **changes):
-    """A training step of EncapNet v1, on a GPU in bfloat16 and channels-last.
-
-    grouped: False is torch's own grouped convolution in place of GroupedConv
-    """
-    gpu = device.type == "cuda"
-    step, net = training_step(make_config(
+def network_step(device, batch, compile=False, **changes):
+    """A training step of EncapNet v1, channels-last, on a GPU in bfloat16."""
+    step, _ = training_step(make_config(
         dataset="cifar10", model="encapnet", set=changes, batch_size=batch, device=str(device),
-        channels_last=gpu, compile=compile, amp=gpu), device)
-    for layer in () if grouped else net.modules():
-        if isinstance(layer, encapnet.GroupedConv):
-            layer.__class__ = torch.nn.Conv2d
+        channels_last=True, compile=compile, amp=device.type == "cuda"), device)
     return step
 
 
 def network_steps(device, **changes):
-    """{form: a training step}: ours, compiled, what it replaces, with feedback units."""
+    """{form: a training step}: eager, compiled, with feedback units."""
     step = partial(network_step, device, **changes)
     return {"without feedback": step(feedback=0), "--compile": step(feedback=0, compile=True),
-            "grouped by torch": step(feedback=0, grouped=False),
             "1 unit per module": step(feedback=1), "2 units per module": step(feedback=2)}
 
 
 def bench_network(device):
-    """EncapNet v1: eager against --compile and torch's convolutions, what feedback units add."""
+    """EncapNet v1: eager against --compile, and what feedback units add."""
     batch = 128 if device.type == "cuda" else 64
     for types in (8, 32):
         compare(f"encapnet, {types} types, batch {batch}",

@@ -71,7 +71,6 @@ TABLES = {
               {"EncapNet": model_row("encapnet", **DEEP)}, {
         **{f"aide kernel {k} in both types": dict(set=dict(aide_kernel=k)) for k in (3, 7)},
         "both coefficients fixed at 1": dict(set=dict(coefficients="fixed")),
-        "squash in each branch": dict(set=dict(squash_branches=True)),
         **{f"OT loss, lambda {lam:g}": dict(lam=lam, set=dict(feedback=1))
            for lam in (0.1, 1.0, 10.0)},
         "OT loss as in the authors' logs: lambda 20, l2, eps 1, vanilla g": dict(

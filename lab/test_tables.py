@@ -65,8 +65,8 @@ def test_a_table_runs_and_stands_beside_the_papers(cli, quick):
 
 # ---- A row builds what it is called --------------------------------------------------------------
 
-USUAL = dict(coefficients="both", skips="I II", aide=(5, 3), squashed=False, units=0,
-             divergence="ot", bias_fix=True, plan_grad=False, extractor=True,
+USUAL = dict(coefficients="both", skips="I II", aide=(5, 3), units=0, divergence="ot",
+             bias_fix=True, plan_grad=False, extractor=True,
              generator="capsule", cost="cosine", eps=0.1, lam=10.0)
 BARE, UNIT = dict(skips=""), dict(units=1)
 TABLE_3 = {    # what tells a row from EncapNet with both skips and no unit
@@ -78,7 +78,7 @@ TABLE_3 = {    # what tells a row from EncapNet with both skips and no unit
     "(d4)": dict(UNIT, generator="vanilla"), "(d5)": dict(UNIT, cost="l2"),
     "aide kernel 3": dict(aide=(3, 3)), "aide kernel 7": dict(aide=(7, 7)),
     "both coefficients fixed at 1": dict(coefficients="fixed"),
-    "squash in each branch": dict(squashed=True), "OT loss, lambda 0.1": dict(UNIT, lam=0.1),
+    "OT loss, lambda 0.1": dict(UNIT, lam=0.1),
     "OT loss, lambda 1": dict(UNIT, lam=1.0), "OT loss, lambda 10": dict(UNIT, lam=10.0),
     "OT loss as in the authors' logs:": dict(UNIT, lam=20.0, cost="l2", eps=1.0,
                                              generator="vanilla")}
@@ -92,12 +92,12 @@ def ablations_of(config):
     """What is built, in the words of USUAL."""
     net = make_model(config, 10, 3)
     module, layers = net.blocks[0], [m for m in net.modules() if isinstance(m, encapnet.CapConv)]
-    (coefficients, squashed), = {(m.coefficients, len(m.branch_norms) == 2) for m in layers}
+    coefficients, = {m.coefficients for m in layers}
     aides = {(m.master.weight.shape[-1], m.aide.weight.shape[-1] if m.coefficients else None)
              for m in layers}                                          # every layer is alike
     skips = " ".join(["I"] * (module.type_I.skip is not None) + ["II"] * module.type_II_skip)
     built = dict(coefficients=coefficients, aide=tuple(dict(aides)[kernel] for kernel in (3, 1)),
-                 squashed=squashed, skips=skips, lam=config.lam)
+                 skips=skips, lam=config.lam)
     assert len(aides) == 2
     return built | units_of(net)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import encapnet
 from encapnet import CapConv, EncapNet, margin_loss
 from lab import figures, why
 from lab.config import make_config
@@ -74,7 +75,8 @@ def looks(line):
 def test_em_is_drawn_iteration_by_iteration(mnist, monkeypatch):
     """Made-up statistics, other ones for each layer (256 and 10 higher capsules) and form."""
     def statistics(layer, u, activation, rounds):
-        n_out, both = layer.weight.shape[2], layer.standardised == "both"
+        n_out = layer.weight.shape[2]
+        both = encapnet.em_assignment is why.ASSIGNMENTS["log p standardised"]
         return {"effective votes": [n_out, n_out + 1 + both],
                 "deviation of log p": [3 + both, 1 / n_out]}
     monkeypatch.setattr(why, "layer_statistics", statistics)
@@ -157,7 +159,7 @@ def test_scale_trains_from_each_and_draws_what_it_found(monkeypatch):
     asked, tiny = [], dict(test_images=2, batch_size=8, epochs=1, set=dict(types=2))
     monkeypatch.setattr(why, "make_config", lambda **given: asked.append(given) or make_config(
         **given, **tiny))
-    monkeypatch.setattr(why, "train_step", lambda run, images, labels, draws: None)
+    monkeypatch.setattr(why, "train_step", lambda run, *batch: torch.zeros(5))
     monkeypatch.setattr(why, "evaluate", lambda run: {"error": run.config.seed + next(
         m.norm.weight[0].item() for m in run.net.modules() if isinstance(m, CapConv))})
     monkeypatch.setattr(why, "starting_lengths", lambda net, x: {2: 0.2, 16: next(

@@ -13,6 +13,7 @@ import math
 import statistics
 import sys
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
@@ -61,27 +62,31 @@ def layer_statistics(layer, u, activation, rounds):
     votes, seen = layer.votes(u), []
     for r in range(1, rounds + 1):
         mu, _, R = encapnet.em_routing(votes, activation, layer.beta_v, layer.beta_a, r,
-                                       return_coefficients=True, standardised=layer.standardised)
+                                       return_coefficients=True)
         seen.append([x.median().item() for x in routing_statistics(votes, activation, mu, R)])
     effective, deviation = zip(*seen, strict=True)
     return {"effective votes": effective, "deviation of log p": deviation}
+
+
+ASSIGNMENTS = {"log p standardised": encapnet.em_assignment,
+               "log p as it is": lambda log_p, log_aj: (log_aj + log_p).log_softmax(-1)}
 
 
 @torch.no_grad()
 def em(data_path, rounds=5, images=16):
     """Both layers of an untrained capnet-em (4 types) on MNIST, in both forms -> figure, found."""
     found = {}
-    for name, form in (("log p standardised", "both"), ("log p as it is", "cost")):
+    for name, assignment in ASSIGNMENTS.items():
         config = make_config(dataset="mnist", data_path=data_path, model="capnet-em", device="cpu",
-                             set=dict(types=4, standardised=form), train_images=images,
-                             test_images=images)
+                             set=dict(types=4), train_images=images, test_images=images)
         device = start(config)
         run = build_run(config, load_data(config, device), device)
         for k, layer in enumerate(run.net.train().routed, 1):
             layer.register_forward_hook(
                 lambda layer, given, out, label=f"layer {k}, {name}": found.update(
                     {label: layer_statistics(layer, *given, rounds)}))
-        run.net(normalised(first_images(run, images)[0], run.data))
+        with patch.object(encapnet, "em_assignment", assignment):
+            run.net(normalised(first_images(run, images)[0], run.data))
     figure, axes = canvas(1, 2, height=3.2)
     for axis, what, of in zip(axes[0], ("effective votes", "deviation of log p"),
                               ("of a capsule", "over j"), strict=True):
@@ -226,7 +231,7 @@ def plain_convolutions(net):
 
 def no_squash(net):
     for layer in capconvs(net):
-        layer.norm_relu_squash = lambda s, norm: norm(s).relu()
+        layer.norm_relu_squash = lambda s, norm=layer.norm: norm(s).relu()
 
 
 def fixed_coefficients(net):
