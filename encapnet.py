@@ -1017,16 +1017,11 @@ def dynamic_without_votes(u, weight, iterations=3, softmax="in", b0=None):
     higher capsules never interact, and are split into blocks, as samples are; over j they compete
     and stay together.
     """
-    B, G, P, _ = u.shape
-    n_out = weight.shape[2]
+    G, P, n_out = *u.shape[1:3], weight.shape[2]
     b0 = u.new_zeros(G, P, 1).expand(G, P, n_out) if b0 is None else b0.unflatten(0, (G, P))
-    if softmax == "in":                                      # 64 capsules, more if samples are few
-        samples = max(1, BLOCK // (64 * G * P))
-        capsules_per_block = max(1, BLOCK // (min(samples, B) * G * P))
-    else:
-        samples, capsules_per_block = max(1, BLOCK // (n_out * G * P)), n_out
-    blocks = list(zip(weight.split(capsules_per_block, 2), b0.split(capsules_per_block, 2),
-                      strict=True))
+    capsules = min(64, n_out) if softmax == "in" else n_out              # of a block
+    samples = max(1, BLOCK // (capsules * G * P))
+    blocks = list(zip(weight.split(capsules, 2), b0.split(capsules, 2), strict=True))
     return torch.cat([
         torch.cat([checkpoint(dynamic_iterations, part, *block, iterations, softmax)
                    for block in blocks], 1) for part in u.split(samples)])
