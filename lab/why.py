@@ -280,7 +280,8 @@ def steps(data_path, seeds=3):
             config = row_config(
                 SMALL, model_row("resnet18" if k == 0 else "encapnet", feedback=0),
                 dict(data_path=f"{data_path}/cifar10-jpeg", augment="+", flip=True, hold_out=True,
-                     loss="margin" if k > len(PARTS) else "ce", seed=seed, device="cpu"))
+                     loss="margin" if k > len(PARTS) else "ce", seed=seed, device="cpu",
+                     channels_last=True))
             device = start(config)
             data = data or load_data(config, device)
             run = build_run(config, data, device)
