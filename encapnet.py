@@ -18,8 +18,8 @@ batch with the real ones.
 
 Axes    B batch · i / j lower / higher capsules, n_in / n_out their numbers · d numbers per capsule,
         e per lower capsule where both occur · G capsule types, g one of them · P positions of a
-        type, p one of them · H, W height and width · K classes · n, m samples of two clouds, whose
-        transport plan is P in the paper · t iteration
+        type, p one of them · H, W height and width · K classes · n, m samples of two clouds, P
+        is also their transport plan · t iteration
 Layout  a capsule image is (B, G*d, H, W), type-major: `groups=G` gives each type its own transform
 
 Where each equation lives
@@ -104,17 +104,17 @@ def squash(s, dim=-1):
 
 
 # ---- The two classic routings on explicit votes: the readable definition -------------------------
-# A higher capsule depends on the weights of its votes, and they on how well each vote agrees with
-# it: both are updated in turn.  Dynamic routing takes a weighted mean and measures agreement by the
-# inner product; EM routing fits a Gaussian and measures agreement by the log density.
+# Dynamic routing takes a weighted mean of the votes and measures agreement by the inner product; EM
+# routing fits a Gaussian and measures agreement by the log density.
+
 
 def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficients=False):
     """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
 
     votes: (B, i, j, d), v_hat_j|i;  b0: initial logits, broadcast to (B, i, j), or None
     softmax: the axis over which the coefficients c sum to 1
-        "in", over i, as in the paper: every higher capsule takes a weighted mean of its votes, for
-        which the votes compete, and higher capsules do not
+        "in", over i, as in the paper: the votes for one higher capsule compete, and it takes their
+        weighted mean; higher capsules do not compete
         "out", over j, as in Sabour et al.: every lower capsule divides one vote among the higher
         ones, which compete for it
         Deviation 4: we keep "out", with which the authors' loss did not converge (App. A.i); we
@@ -137,12 +137,12 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
 def standardise(x):
     """Zero mean and unit variance over the last axis; 0 where all are equal.   [App. A.i]
 
-    Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula;
-    that of the log densities is ours.  Cost and log density are sums over the d numbers of a pose,
-    so that between capsules j they differ by tens.  The softmax then assigns each vote to a single
-    capsule; a capsule left with one or two votes has almost no variance, and its next log densities
-    differ by even more: with three iterations a network hardly learns.  Standardised, both stay of
-    order 1.
+    Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula; to
+    standardise the log densities of the E-step as well is ours.  They and the cost are sums over
+    the d numbers of a pose, so that between capsules j they differ by tens.  The softmax then
+    assigns each vote to a single capsule; a capsule left with one or two votes has almost no
+    variance, and its next log densities differ by even more: with three iterations a network hardly
+    learns.  Standardised, cost and log density stay of order 1.
     """
     # layer_norm computes x / std - mean / std, which is inexact where |mean| >> std: shift first.
     x = x - x.detach().amax(-1, keepdim=True)
@@ -159,14 +159,6 @@ def em_activation(log_mass, var, beta_v, beta_a, t):
     mass = (log_mass - log_mass.amax(-1, keepdim=True)).exp()
     cost = mass * (beta_v[:, None] + var.log() / 2).sum(-1)              # sum over d
     return F.logsigmoid((1 + t) * (beta_a - standardise(cost)))
-
-
-def em_assignment(log_p, log_aj):
-    """E-step: log R_ij, the share of vote i that higher capsule j explains.   [Eq. (3)]
-
-    log_p: (..., j), log density of a vote under each Gaussian;  log_aj: log activations -> (..., j)
-    """
-    return (log_aj + standardise(log_p)).log_softmax(-1)
 
 
 @full_precision
@@ -192,13 +184,12 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
         log_aj = em_activation(log_r.logsumexp(1), var, beta_v, beta_a, t)
         if t < iterations - 1:
             log_p = -(square / var[:, None] + (2 * math.pi * var).log()[:, None]).sum(-1) / 2
-            log_R = em_assignment(log_p, log_aj[:, None])               # E-step
+            log_R = (log_aj[:, None] + standardise(log_p)).log_softmax(-1)       # E-step, Eq. (3)
     return (mean, log_aj.exp(), log_R.exp()) if return_coefficients else (mean, log_aj.exp())
 
 
 # ---- Losses on class-capsule lengths (B, K) and targets: a scalar, mean over the batch ----------
-# A length says whether a class is present, so each class has a loss of its own, which is 0 once the
-# length is past its margin.
+
 
 @full_precision
 def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
@@ -206,9 +197,11 @@ def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
 
     lengths: (B, K);  target: (B,), class indices, or (B, K), 1 for each class present -> scalar
     """
-    check_shape("lengths", lengths, "B K")
     B, K = lengths.shape
-    T = (F.one_hot(target, K) if target.dim() == 1 else target).to(lengths.dtype)
+    T = target.to(lengths.dtype)
+    if target.dim() == 1:
+        check_shape("target", target, "B", B=B)
+        T = torch.zeros_like(lengths).scatter(1, target[:, None], 1)
     check_shape("target", T, "B K", B=B, K=K)
     present, absent = (m_pos - lengths).relu().square(), (lengths - m_neg).relu().square()
     return (T * present + lam * (1 - T) * absent).sum(1).mean()
@@ -220,18 +213,15 @@ def spread_loss(lengths, target, margin):
 
     lengths: (B, K);  target: (B,);  margin: raised from 0.2 to 0.9 during training -> scalar
     """
-    check_shape("lengths", lengths, "B K")
     check_shape("target", target, "B", B=lengths.shape[0])
     a_t = lengths.gather(1, target[:, None])                             # (B, 1)
-    others = 1 - F.one_hot(target, lengths.shape[1])
+    others = torch.ones_like(lengths).scatter(1, target[:, None], 0)
     return (others * (margin - (a_t - lengths)).relu().square()).sum(1).mean()
 
 
 # ---- The routed capsule layer of CapNet ----------------------------------------------------------
-# A vote is linear in the lower capsule, v_hat_j|i = w_gj u_i, and the P positions of a capsule type
-# g share w_gj, as a convolution shares its kernel.  Nothing in routing needs the votes themselves:
-# `votes` and the two functions above are the definition, and the appendix computes the same result
-# without votes.
+# A vote is v_hat_j|i = w_gj u_i, with one w_gj for all P positions of a type g.  Votes and the two
+# functions above are the definition; the appendix computes the same result without votes.
 
 # torch 2.6 has no is_exporting
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -297,9 +287,9 @@ class RoutedCapsules(nn.Module):
             options = {"softmax": self.softmax, "b0": self.b}
         else:
             with_votes, without_votes = em_routing, em_without_votes
-            min_positions = (self.in_dim + 1) * (self.in_dim + 2) // 6   # a third of the monomials
+            min_positions = (self.in_dim + 1) * (self.in_dim + 2) // 6   # a third of em's monomials
             options = {"activation": activation, "beta_v": self.beta_v, "beta_a": self.beta_a}
-        # Exported, the loops over blocks would fix the batch size.
+        # torch.export would unroll the loops over blocks, for one batch size.
         if self.factored and u.shape[2] >= min_positions and not exporting():
             v = without_votes(*self.operator(u), iterations=self.iterations, **options)
         else:
@@ -308,7 +298,6 @@ class RoutedCapsules(nn.Module):
 
 
 # ---- capConv: approximate routing in one pass, by a master and an aide branch --------------------
-# Routing finds the weights of its votes by iteration; capConv predicts them in one pass.
 
 def squash_image(s, types):
     """squash every capsule of an image (B, types*d, H, W)."""
@@ -328,18 +317,12 @@ class ComplementConv(nn.Module):
         self.weight = nn.Conv2d((types - 1) * in_dim, types * out_dim, kernel_size).weight
 
     def dense(self):
-        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero.
-
-        Input types before the output's own keep their index, those after it move up by one.
-        """
+        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero."""
         G = self.types
-        blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1))
-        index = torch.arange(G, device=blocks.device)
-        low, high = index.view(G, 1, 1, 1), index.view(G, 1, 1, 1, 1, 1)
-        before = F.pad(blocks, (0, 0, 0, 0, 0, 0, 0, 1))     # (high, out_dim, low, in_dim, k, k)
-        after = F.pad(blocks, (0, 0, 0, 0, 0, 0, 1, 0))
-        full = torch.where(low < high, before, torch.where(low > high, after, 0.0))
-        return full.flatten(2, 3).flatten(0, 1)
+        blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1)).transpose(1, 2)
+        full = blocks.new_zeros(G, G, *blocks.shape[2:])     # (high, low, out_dim, in_dim, k, k)
+        full[~torch.eye(G, dtype=torch.bool)] = blocks.flatten(0, 1)
+        return full.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def forward(self, u):
         return F.conv2d(u, self.dense(), stride=self.stride, padding=self.padding)
@@ -357,7 +340,7 @@ class CapConv(nn.Module):
     coefficients: "both", as above;  "own": m1 from v1 alone, m2 from v2;  "cross": m1 from v2, m2
         from v1;  "fixed": m1 = m2 = 1;  None: no aide, s = v1   [Table 3 (1-4)]
     skip: the skip of type I, an ordinary strided 3x3 convolution of u, in which all types meet; the
-        skip of type II is `residual`, which EncapModule hands to the last layer [Table 3 (5-7)]
+        skip of type II is `residual`: EncapModule's last layer adds the output of its type I
     Deviation 2: the paper does not give k2; k1 + 2 matches its seconds per batch for (e) and (f) of
     Table 1.  The released code uses k1 + 4, lets the aide see its own type, squashes the branches.
     Deviation 6: beta is initialised to 1, so that a fresh layer adds its branches.
@@ -376,8 +359,7 @@ class CapConv(nn.Module):
             raise ValueError(f"kernel_size={kernel_size}, aide_kernel={aide_kernel}: must be odd")
         check_choice(("both", "own", "cross", "fixed", None), coefficients=coefficients)
         if coefficients is not None and types == 1:
-            raise ValueError(f"types=1: must be 2 or more with coefficients={coefficients!r} "
-                             "(the aide sees the other types)")
+            raise ValueError("types=1: must be 2 or more with an aide, which sees the other types")
         self.types, self.coefficients = types, coefficients
         low, high = types * in_dim, types * out_dim
 
@@ -397,9 +379,6 @@ class CapConv(nn.Module):
         self.skip = nn.Conv2d(low, high, 3, stride, padding=1, bias=False) if skip else None
         self.norm = nn.BatchNorm2d(high)
         nn.init.constant_(self.norm.weight, 1 / math.sqrt(out_dim))      # deviation 8
-
-    def norm_relu_squash(self, s):
-        return squash_image(F.relu(self.norm(s)), self.types)
 
     def branches(self, u):
         """v1, v2 (B, types*d, H', W') and their coefficients m1, m2 (B, types, H', W')."""
@@ -425,11 +404,11 @@ class CapConv(nn.Module):
             s = s + self.skip(u)
         if residual is not None:
             s = s + residual
-        return self.norm_relu_squash(s)
+        return squash_image(F.relu(self.norm(s)), self.types)
 
 
 class CapFC(nn.Module):
-    """Class capsules, fully connected within each capsule dimension.   [Sec. 3.1]
+    """Class capsules: number d of each is a linear map of number d of all u_i.   [Sec. 3.1]
 
     v_jd = squash over d of sum_i w[d, i, j] u_id, no bias.   u: (B, i, d) -> (B, j, d)
     """
@@ -465,10 +444,7 @@ def cosine_cost(x, y):
 
 
 def l2_cost(x, y):
-    """Euclidean distance, unbounded; value and gradient are 0 where x = y.   [Table 3 (d5)]
-
-    x: (..., n, d);  y: (..., m, d) -> (..., n, m)
-    """
+    """Euclidean distance, unbounded; value and gradient are 0 where x = y.   [Table 3 (d5)]"""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -506,20 +482,15 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
                         plan_grad=False):
     """How far two clouds of samples are from each other: 2 W(x,y) - W(x,x) - W(y,y).   [Eq. (11)]
 
-    W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  POT and geomloss use half of this.
+    W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  W(x, x) is above 0, and W(x, y) alone
+    is least where y is narrower than x, which the other terms correct.  POT and geomloss use half.
     x: (..., n, d);  y: (..., m, d);  cost: "cosine" or "l2";  eps, iterations: as sinkhorn_plan
     bias_fix: False gives W(x, y) alone   [Table 3 (d1)]
     plan_grad: differentiate through the plan as well [Table 3 (d2)].  By default it is a constant:
         4.58 % error in the paper, 4.77 with the gradient, and no backward pass of L iterations.
-        The optimal plan is the gradient of the regularised cost with respect to Q, so that what is
-        left out vanishes as eps -> 0.
     -> (...), in the units of the cost
     """
     check_choice(("cosine", "l2"), cost=cost)
-    for name, cloud in (("x", x), ("y", y)):
-        if cloud.dim() < 2 or 0 in cloud.shape[-2:]:
-            raise ValueError(f"{name} has shape {tuple(cloud.shape)}: must be (..., samples, d), "
-                             "both positive")
     ground_cost, q_max = {"cosine": (cosine_cost, 2.0), "l2": (l2_cost, None)}[cost]
 
     def W(Q):
@@ -545,8 +516,7 @@ def kl_divergence(real, generated):
 
 
 # ---- Feedback agreement: the lower layer must be reconstructible from the higher one -------------
-# A generator makes a lower image of the higher one; an extractor computes short feature vectors of
-# the real and of the generated images of a batch; their divergence is added to the loss.
+
 
 def gather(x):
     """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable.
@@ -619,10 +589,8 @@ class FeedbackUnit(nn.Module):
     def extract(self, image):
         """f: image (B, low, H, W) -> features (B, F).
 
-        The cosine compares directions only.  If the features of every sample, real or generated,
-        are positive in one position, the same for all, and 0 elsewhere, then divergence and
-        gradient are 0 whatever the images are: the trivial minimum, which distinguishes no two
-        samples.
+        If only one feature, the same in all samples, is not 0, the cosine cost and its gradient are
+        0: the trivial minimum.
         """
         if self.extractor is None:
             return image.flatten(1)
@@ -634,7 +602,7 @@ class FeedbackUnit(nn.Module):
 
     def features(self, low, high):
         """Features of the real and of the generated lower images, each (B, F), of all ranks."""
-        check_shape("high", high, "B high H W", B=low.shape[0])          # or chunk mixes the two
+        check_shape("high", high, "B high H W", B=low.shape[0])          # else chunk mixes the two
         real_and_generated = torch.cat([low, self.generate(high, low.shape[-2:])])
         real, generated = self.extract(real_and_generated).chunk(2)
         return gather(real), gather(generated)
@@ -647,9 +615,7 @@ class FeedbackUnit(nn.Module):
 
 
 # ---- The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval mode or without units)
-# Each has a stem, optional modules, and scores.  EncapNet is a convolution, four modules of capConv
-# and capFC.  CapNet and EncapNet6 share the first four convolutions of Table 1; CNN and ResNet are
-# what they are compared with.
+
 
 def conv_bn_relu(c_in, c_out, stride=1):
     return nn.Sequential(*conv_bn(c_in, c_out, 3, stride), nn.ReLU())
@@ -749,9 +715,8 @@ class EncapNet(Network):
         self.types = types
         self.stem = conv_bn_relu(in_channels, types * dims[0], stem_stride)
         self.blocks = nn.ModuleList(
-            EncapModule(*dims[m:m + 2], depths[m], strides[m], skip, types=types,
-                        coefficients=coefficients[m], aide_kernel=aide_kernel)
-            for m in range(len(depths)))
+            EncapModule(*sizes, skip, types=types, coefficients=c, aide_kernel=aide_kernel)
+            for *sizes, c in zip(dims[:-1], dims[1:], depths, strides, coefficients, strict=True))
         self.add_units(feedback, [types * d for d in dims], strides, types=types, **unit_options)
         side = math.ceil(image_size / (stem_stride * math.prod(strides)))
         self.classes = CapFC(types * side ** 2, dims[-1], num_classes)
@@ -794,18 +759,15 @@ class CapNet(Network):
 
     Deviation 11: both routed layers have a bias, as the logged number of parameters implies.
     routing, iterations, softmax, b_init, factored: as RoutedCapsules
-    fifth_conv: one more 3x3 convolution before the capsules: the depth of Table 1's other rows
     Deviation 10: the activation of a lower capsule of EM is the sigmoid, not the released ReLU, of
     BatchNorm of a convolution; a class score is |squash(mu)|, not the activation.
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32, routing="dynamic",
-                 iterations=3, softmax="in", b_init="zero", factored=True, fifth_conv=False):
+                 iterations=3, softmax="in", b_init="zero", factored=True):
         super().__init__(num_classes, in_channels, image_size, types=types)
         self.types, self.routing = types, routing
         self.stem, side = six_layer_stem(in_channels, types), math.ceil(image_size / 4)
-        if fifth_conv:
-            self.stem.append(conv_bn_relu(8 * types, 8 * types))
         options = dict(routing=routing, iterations=iterations, softmax=softmax, b_init=b_init,
                        factored=factored, positions=side ** 2, bias=True)
         self.routed = nn.ModuleList([
@@ -937,8 +899,9 @@ def keywords(cls):
 
 
 def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
-    """A network of the paper by name, any keyword of its class overridden.   [Tables 1, 2, 3, 5]
+    """A network of the paper by name.   [Tables 1, 2, 3, 5]
 
+    overrides: keywords of its class or of FeedbackUnit, as in build("encapnet", skip="I")
     image_size: None uses the registered size
     -> model;  model(x (B, in_channels, image_size, image_size)) -> scores (B, K), feedback ()
     """
@@ -953,9 +916,6 @@ def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
 
 
 # ---- Appendix: routing without votes -------------------------------------------------------------
-# The P capsules of type g share w_gj, so the votes w_gj u_i need not be stored: the 2,048 x 2,048
-# votes of 16 numbers in Table 1's layer would take 268 MB for every sample.
-#
 # Dynamic.  Routing uses a vote twice.  After t iterations, with V_j the sum of their v_j,
 #     b_ij = b0_ij + v_hat_ij . V_j = b0_ij + u_i . query_gj,    query_gj = w_gj^T V_j
 #     s_j  = sum_i c_ij w_gj u_i         = sum_g w_gj (sum_p c_ij u_i)
@@ -978,7 +938,7 @@ def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
 # Both work in blocks, recomputed in the backward pass, so that neither the votes nor, in Table 1's
 # layer, the n_in x n_out coefficients are ever stored at once.
 
-BLOCK = 2 ** 20                              # about how many elements an array has, EM's up to 4x
+BLOCK = 2 ** 20                      # about how many elements the largest array has; EM's up to 4x
 checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
                      preserve_rng_state=False)
 
@@ -1019,9 +979,9 @@ def dynamic_without_votes(u, weight, iterations=3, softmax="in", b0=None):
     """
     G, P, n_out = *u.shape[1:3], weight.shape[2]
     b0 = u.new_zeros(G, P, 1).expand(G, P, n_out) if b0 is None else b0.unflatten(0, (G, P))
-    capsules = min(64, n_out) if softmax == "in" else n_out              # of a block
-    samples = max(1, BLOCK // (capsules * G * P))
-    blocks = list(zip(weight.split(capsules, 2), b0.split(capsules, 2), strict=True))
+    per_block = min(64, n_out) if softmax == "in" else n_out             # higher capsules
+    samples = max(1, BLOCK // (per_block * G * P))
+    blocks = list(zip(weight.split(per_block, 2), b0.split(per_block, 2), strict=True))
     return torch.cat([
         torch.cat([checkpoint(dynamic_iterations, part, *block, iterations, softmax)
                    for block in blocks], 1) for part in u.split(samples)])
@@ -1055,12 +1015,12 @@ def em_moments(monomials, log_a, centre, weight, mean=None, var=None, log_aj=Non
             torch.einsum("jegd,Bgjd->Bgej", weight, 2 * delta * h[:, None]),
             (delta.square() * h[:, None]).sum(-1)[:, :, None]], 2)
         log_p = -(2 * math.pi * var).log().sum(-1)[:, None, None] / 2 - distance
-        log_r = em_assignment(log_p, log_aj[:, None, None]) + log_a
-    top = log_r.detach().amax((1, 2), keepdim=True)          # (B, 1, 1, j), or 1 for j in the first
+        log_r = (log_aj[:, None, None] + standardise(log_p)).log_softmax(-1) + log_a     # Eq. (3)
+    top = log_r.detach().amax((1, 2), keepdim=True)       # (B, 1, 1, j), j = 1 while R is uniform
     r = (log_r - top).exp()
     sums = (monomials @ r).expand(-1, -1, -1, n_out)                     # (B, g, f, j)
     T2, T1, T0 = sums.split((sums.shape[2] - e - 1, e, 1), 2)
-    mass = T0.sum(1)[:, 0, :, None]                                      # (B, j, 1), 1 or more
+    mass = T0.sum(1)[:, 0, :, None]                                      # (B, j, 1), at least 1
     T0 = T0.movedim(2, 3)                                                # (B, g, j, 1)
     w_T1 = torch.einsum("jegd,Bgej->Bgjd", weight, T1)
     mean = (T0 * vote + w_T1).sum(1) / mass

@@ -329,8 +329,7 @@ def test_em_starts_soft(monkeypatch):
     densities two votes make it, and a change of the votes comes out four times as large."""
     effective, undecided, amplification = start_of_em()
     assert effective > 16 and undecided > 0.4 and amplification < 2.5
-    monkeypatch.setattr(encapnet, "em_assignment",
-                        lambda log_p, log_aj: (log_aj + log_p).log_softmax(-1))
+    monkeypatch.setattr(encapnet, "standardise", lambda x: x)
     effective, _, amplification = start_of_em()
     assert effective < 4 and amplification > 2.5
 
@@ -1225,21 +1224,6 @@ def test_capnet_has_the_shape_of_table_1(routing):
         assert (layer.routing, layer.iterations, layer.softmax) == (routing, 3, "in")
 
 
-@pytest.mark.parametrize("routing", ["dynamic", "em"])
-def test_a_fifth_convolution_stands_before_the_capsules(routing):
-    plain, deep = (build(f"capnet-{routing}", **{**NARROW["capnet-em"], **fifth}) for fifth in (
-        {}, dict(fifth_conv=True)))
-    x = images(2, torch.float32)
-    added = set(deep.state_dict()) - set(plain.state_dict())
-    assert all(name.startswith("stem.4.") for name in added)
-    assert deep.state_dict()["stem.4.0.weight"].shape == (16, 16, 3, 3)
-    image = deep.stem(x)
-    assert image.shape == plain.stem(x).shape == (2, 16, 8, 8)
-    assert torch.equal(image, deep.stem[4](deep.stem[:4](x))) and (image >= 0).all()
-    ((_, (u, *_), _), _) = calls(deep, RoutedCapsules, x)
-    assert_type_major(u, image, 2)
-
-
 def test_em_input_activation_is_the_sigmoid_of_a_normalised_convolution():
     """Of the image that the capsules are, 3x3, one number a type and position, type-major."""
     model = network("capnet-em")
@@ -1461,15 +1445,12 @@ def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(call, argu
 @pytest.mark.parametrize("call, words", [
     (lambda: em_routing(VOTES, zeros(2, 5), zeros(3), zeros(3)), "activation .*2, 5.*B=2, i=4"),
     (lambda: em_routing(VOTES, zeros(4), zeros(3), zeros(3)), "activation .*4.*B, i"),
-    (lambda: em_routing(VOTES, zeros(2, 4), zeros(1), zeros(3)), "beta_v .*1.*j=3"),
-    (lambda: em_routing(VOTES, zeros(2, 4), zeros(3), zeros(1)), "beta_a .*1.*j=3"),
     (lambda: ROUTED()(zeros(2, 1, 4, 3)), "u .*2, 1, 4, 3.*types=2"),
     (lambda: ROUTED()(zeros(2, 2, 4, 1)), "u .*2, 2, 4, 1.*in_dim=3"),
     (lambda: ROUTED(b_init="random", positions=6)(zeros(2, 2, 4, 3)), "u .*2, 2, 4, 3.*P=6"),
     (lambda: ROUTED(b_init="learnable")(zeros(2, 2, 4, 3)), "u .*2, 2, 4, 3.*P=1"),
     (lambda: CapFC(3, 2, 4)(zeros(1, 1, 2)), "u .*1, 1, 2.*i=3"),
     (lambda: CapFC(3, 2, 4)(zeros(1, 3, 1)), "u .*1, 3, 1.*d=2"),
-    (lambda: margin_loss(zeros(2), zeros(2).long()), "lengths .*2.*B, K"),
     (lambda: margin_loss(zeros(2, 3), zeros(1).long()), "target .*1.*B=2"),
     (lambda: margin_loss(zeros(2, 3), zeros(1, 3)), "target .*1, 3.*B=2, K=3"),
     (lambda: margin_loss(zeros(2, 3), zeros(2, 1).long()), "target .*2, 1.*B=2, K=3"),

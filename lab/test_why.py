@@ -62,7 +62,7 @@ def mnist(tmp_path):
 def test_em_is_measured_in_both_forms(mnist):
     """The first iteration is alike; left as they are, log densities leave fewer votes after it."""
     _, found = why.em(mnist, rounds=2, images=2)
-    layers = {(layer, form): found[f"layer {layer}, log p {form}"]
+    layers = {(layer, form): found[f"layer {layer}, {form}"]
               for layer in (1, 2) for form in ("standardised", "as it is")}
     assert len(found) == 4
     first, other = (layers[1, form]["effective votes"] for form in ("standardised", "as it is"))
@@ -78,12 +78,12 @@ def test_em_is_drawn_iteration_by_iteration(mnist, monkeypatch):
     """Made-up statistics, other ones for each layer (256 and 10 higher capsules) and form."""
     def statistics(layer, u, activation, rounds):
         n_out = layer.weight.shape[2]
-        both = encapnet.em_assignment is why.ASSIGNMENTS["log p standardised"]
+        both = encapnet.standardise is why.FORMS["standardised"]
         return {"effective votes": [n_out, n_out + 1 + both],
                 "deviation of log p": [3 + both, 1 / n_out]}
     monkeypatch.setattr(why, "layer_statistics", statistics)
     figure, found = why.em(mnist, rounds=2, images=2)
-    expected = {f"layer {layer}, log p {form}": {
+    expected = {f"layer {layer}, {form}": {
         "effective votes": [n_out, n_out + 1 + both], "deviation of log p": [3 + both, 1 / n_out]}
         for layer, n_out in ((1, 256), (2, 10))
         for form, both in (("standardised", True), ("as it is", False))}
@@ -169,17 +169,20 @@ def test_parts_come_one_at_a_time():
     assert [{layer.coefficients for layer in found} for found in layers] == [
         {None}] + 3 * [{"fixed"}] + 3 * [{"both"}]
     assert [hasattr(found[0], "from_v1") for found in layers] == 4 * [False] + 3 * [True]
-    long = [net.stem(x) for net in nets]
-    long = [net.walk(u)[0].unflatten(1, (2, 3)).norm(dim=2).max() > 1
-            for net, u in zip(nets, (100 * u for u in long), strict=True)]
-    assert long == 2 * [True] + 5 * [False]                    # squashed from the third on
-    weights = [[layer.norm.weight[0].item() for layer in found] for found in layers]
-    root = pytest.approx([2 ** -0.5] * 3 + [3 ** -0.5] * 3)
-    assert weights[:3] == 3 * [6 * [1]] and all(found == root for found in weights[3:])
+    lengths = []
+    for found in layers:
+        found[-1].norm.weight.data *= 100
+        found[-1].register_forward_hook(lambda layer, u, v: lengths.append(
+            v.unflatten(1, (2, 3)).norm(dim=2).max()))
+    answers = [net(x)[0] for net in nets]
+    assert [length > 1 for length in lengths] == 2 * [True] + 5 * [False]    # then squashed
+    weights = [[layer.norm.weight[0].item() for layer in found[:-1]] for found in layers]
+    root = pytest.approx([2 ** -0.5] * 3 + [3 ** -0.5] * 2)
+    assert weights[:3] == 3 * [5 * [1]] and all(found == root for found in weights[3:])
     assert [type(net.classes) for net in nets] == 5 * [torch.nn.Linear] + 2 * [encapnet.CapFC]
-    u = nets[0].walk(nets[0].stem(x))[0]
-    assert torch.allclose(nets[0](x)[0], nets[0].classes(u.mean((2, 3))))
-    assert torch.allclose(nets[5](x)[0], 10 * nets[6](x)[0])   # the same weights
+    u = nets[4].walk(nets[4].stem(x))[0]
+    assert torch.allclose(answers[4], nets[4].classes(u.mean((2, 3))))
+    assert torch.allclose(answers[5], 10 * answers[6])         # the same weights
     assert [net.logits for net in nets] == 6 * [True] + [False]
 
 

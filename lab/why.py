@@ -67,15 +67,14 @@ def layer_statistics(layer, u, activation, rounds):
     return {"effective votes": effective, "deviation of log p": deviation}
 
 
-ASSIGNMENTS = {"log p standardised": encapnet.em_assignment,
-               "log p as it is": lambda log_p, log_aj: (log_aj + log_p).log_softmax(-1)}
+FORMS = {"standardised": encapnet.standardise, "as it is": lambda x: x}
 
 
 @torch.no_grad()
 def em(data_path, rounds=5, images=16):
     """Both layers of an untrained capnet-em (4 types) on MNIST, in both forms -> figure, found."""
     found = {}
-    for name, assignment in ASSIGNMENTS.items():
+    for name, standardise in FORMS.items():
         config = make_config(dataset="mnist", data_path=data_path, model="capnet-em", device="cpu",
                              set=dict(types=4), train_images=images, test_images=images)
         device = start(config)
@@ -84,7 +83,7 @@ def em(data_path, rounds=5, images=16):
             layer.register_forward_hook(
                 lambda layer, given, out, label=f"layer {k}, {name}": found.update(
                     {label: layer_statistics(layer, *given, rounds)}))
-        with patch.object(encapnet, "em_assignment", assignment):
+        with patch.object(encapnet, "standardise", standardise):
             run.net(normalised(first_images(run, images)[0], run.data))
     figure, axes = canvas(1, 2, height=3.2)
     for axis, what, of in zip(axes[0], ("effective votes", "deviation of log p"),
@@ -176,8 +175,7 @@ def plain_convolutions(net):
 
 
 def no_squash(net):
-    for layer in capconvs(net):
-        layer.norm_relu_squash = lambda s, norm=layer.norm: norm(s).relu()
+    net.forward = patch.object(encapnet, "squash_image", lambda s, types: s)(net.forward)
 
 
 def unscaled(net):
