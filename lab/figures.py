@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from lab.runtime import Problem, say, write_file
+from lab.runtime import say, write_file
 
 COLOURS = (                # Okabe and Ito's, colour-blind safe
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -144,54 +144,3 @@ def draw_series(axis, series, bars=interval, **labels):
                       color=COLOURS[k % 7], label=label)
     axis.set(**labels)
     axis.grid(alpha=0.3)
-
-
-def draw_few(parts, path):
-    """Paired difference to the row without feedback, seed by seed, against the number of images.
-
-    parts: [(data, {row: {column: {seed: error}}}), ...]; drawn are rows of the first with a line
-    """
-    data, rows = parts[0]
-    base, gains = rows.get("no feedback", {}), {}
-    for row, cells in rows.items():
-        for images, errors in cells.items():
-            pairs = [error - base[images][seed] for seed, error in errors.items()
-                     if seed in base.get(images, {})]
-            if pairs and row != "no feedback":
-                gains.setdefault(row, {})[int(images)] = pairs
-    if not gains:
-        raise Problem("the row 'no feedback' and another with its seeds and images are missing: "
-                      "python train.py --table few --seeds 3", 1)
-    gains = {row: points for row, points in gains.items() if len(points) > 1} or gains
-    figure, ((axis,),) = canvas(1, 1, width=7, height=3.6)
-    draw_series(axis, gains, title=shortened(data, 60), xscale="log", xlabel="training images",
-                ylabel="error, less that without feedback\n(points of %, mean and 95 % interval)")
-    axis.set_xticks(list(map(int, base)), list(base))
-    axis.set_xticks([], minor=True)
-    axis.axhline(0, color="0.5", lw=0.8)
-    axis.legend(fontsize=8)
-    save_figure(figure, path)
-
-
-def draw_routing(parts, path):
-    """Error against routing iterations, one panel per part whose rows are their number.
-
-    parts: [(data, {row: {column: {seed: error}}}), ...]
-    """
-    parts = [(data, rows) for data, rows in parts if rows and all(map(str.isdigit, rows))]
-    if not parts:
-        raise Problem("the rows 1, 2, 3 and 5 are missing: "
-                      "python train.py --table routing --seeds 3", 1)
-    figure, axes = canvas(1, len(parts), width=5 * len(parts), height=3.6)
-    for axis, (data, rows) in zip(axes[0], parts, strict=True):
-        series = {}
-        for iterations, cells in rows.items():
-            for column, errors in cells.items():
-                series.setdefault(column, {})[int(iterations)] = list(errors.values())
-        draw_series(axis, series, title=shortened(data, 60), xlabel="routing iterations",
-                    ylabel="error (%), mean and 95 % interval", xticks=(1, 2, 3, 5))
-    top = max(axis.get_ylim()[1] for axis in axes[0])
-    for axis in axes[0]:
-        axis.set_ylim(0, top)
-    axes[0, 0].legend(fontsize=8)
-    save_figure(figure, path)

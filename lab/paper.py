@@ -121,17 +121,9 @@ TABLES = {
 
 # ---- Studies: tables of ours, run, resumed and rendered like the paper's -------------------------
 
-FEW = dict(dataset="mnist", image_size=16, resample=True, test_images=2000, batch_size=50,
-           schedule="one-cycle", lr=3e-3, clip=1.0, lam=0.0,
-           **model_row("encapnet", types=4, depths=(1, 1, 1), dims=(2, 4, 8, 16), feedback=1))
-RATES = (0.01, 0.03, 0.1)                                               # beside FEW's 0.003
-FEW_SIZES = {"200": dict(train_images=200, epochs=60), "500": dict(train_images=500, epochs=30),
-             "1000": dict(train_images=1000, epochs=20), "2000": dict(train_images=2000, epochs=10),
-             "5000": dict(train_images=5000, epochs=5)}
-PHOTOGRAPHS = dict(dataset="folder", data_path="data/cifar10-jpeg")
 # The setting of all tables on photographs.  Table 3's too: as flags, with --augment + --flip
-SMALL = dict(PHOTOGRAPHS, image_size=16, train_images=20000, epochs=5, batch_size=64,
-             schedule="one-cycle", lr=3e-3, clip=1.0, set=dict(types=4))
+SMALL = dict(dataset="folder", data_path="data/cifar10-jpeg", image_size=16, train_images=20000,
+             epochs=5, batch_size=64, schedule="one-cycle", lr=3e-3, clip=1.0, set=dict(types=4))
 ROUTING = dict(dataset="mnist", train_images=6000, test_images=2000, batch_size=64,
                schedule="one-cycle", lr=3e-3, set=dict(types=4))
 LOSS_STUDY = dict(ROUTING, model="capnet-dynamic", image_size=16, epochs=2)
@@ -145,27 +137,6 @@ TABLES |= {
         "feedback weight of the default run, error on every tenth training image",
         dict(dataset="digits", model="encapnet-small", hold_out=True), {"error": {}},
         {f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)})],
-    "few": [study(
-        "the feedback unit where images are few: MNIST at 16x16, one column per number of training "
-        "images, drawn anew for every seed", FEW, FEW_SIZES,
-        {"no feedback": {},
-         **{f"no feedback, rate {lr:g}": dict(lr=lr) for lr in (0.001, *RATES)},
-         **{f"OT, lambda {lam:g}": dict(lam=lam) for lam in (1.0, 10.0, 30.0)},
-         "KL, lambda 10": dict(lam=10.0, set=dict(divergence="kl")),
-         "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+"),
-         **{f"OT, lambda 10, rate {lr:g}": dict(lam=10.0, lr=lr) for lr in RATES}}), study(
-        "which part of the unit: 200 images, lambda 10", dict(FEW, lam=10.0),
-        {"200": FEW_SIZES["200"]},
-        {"no bias fix (d1)": dict(set=dict(bias_fix=False)),
-         "gradient of the plan (d2)": dict(set=dict(plan_grad=True)),
-         "raw pixels (d3)": dict(set=dict(extractor=False)),
-         "vanilla generator (d4)": dict(set=dict(generator="vanilla")),
-         "l2 cost (d5)": dict(set=dict(cost="l2")), "two units": dict(set=dict(feedback=2)),
-         "eps 1": dict(set=dict(eps=1.0))}), study(
-        "photographs: cifar10-jpeg at 32x32, one column per number of training images",
-        dict(FEW, **PHOTOGRAPHS, image_size=32),
-        {images: FEW_SIZES[images] for images in ("500", "2000")},
-        {"no feedback": {}, "OT, lambda 10": dict(lam=10.0)}, own_data=True)],
     "routing": [study(
         f"routing iterations: MNIST at {side}x{side}, 6,000 images, {epochs} epochs, 4 types",
         dict(ROUTING, image_size=side, epochs=epochs), ROUTINGS,
@@ -195,15 +166,13 @@ TABLES |= {
         {"no augmentation": {}, "+": dict(augment="+"), "++": dict(augment="++", epochs=8)},
         own_data=True)],
 }
-# Figures show results of rows of a table; those of the paper, of its Tables 1 and 3
+# Figures show results of rows of Tables 1 and 3
 FIGURES = {
     "2": [study("agreement of votes with the class capsule, Table 1 (a) and (b)", CIFAR10, {"": {}},
               {"Dynamic": model_row("capnet-dynamic"), "EM": model_row("capnet-em")})],
     "4": [study("training loss without and with OT divergence, Table 3 (a) and (c)", CIFAR10,
               TABLES["3"][1].columns,
               {"": dict(set=dict(feedback=0)), "* OT": dict(set=dict(feedback=1))})],
-    "few": TABLES["few"],
-    "routing": TABLES["routing"],
 }
 
 

@@ -15,7 +15,7 @@ import torch
 import encapnet
 from lab import bench
 from lab.config import Config, tested_on
-from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
+from lab.figures import draw_figure2, draw_figure4
 from lab.fit import clock, fit, make_model
 from lab.paper import (
     CIFAR10,
@@ -129,27 +129,19 @@ def show_table(name, only, seeds, given):
 
 
 def show_figure(name, given):
-    """Draw a figure into runs/: the paper's after running what it lacks, a study's as it is."""
-    runs, target = read_results(OWN)[0], RUNS / f"figure-{name}.png"
-    named, parts = {}, []                  # {name: [line]}; (data, {row: {column: {seed: error}}})
-    for part in asked_parts(FIGURES[name], given):
-        rows, cells = {}, part_cells(part, given)
-        if name.isdigit():
-            refuse(run_missing(cells, 1, runs))
-        for (row, column), config in cells.items():
-            if lines := [line for line in of_seeds(config, runs) if line["error"] is not None]:
-                named[f"{column} {row}".strip()] = lines
-                errors = {line["seed"]: line["error"] for line in lines}
-                rows.setdefault(row, {})[column] = errors
-        parts.append((f"{data_name(config)} at {config.image_size}x{config.image_size}", rows))
-    if rank() > 0:
-        return None
-    if name in ("few", "routing"):
-        return {"few": draw_few, "routing": draw_routing}[name](parts, target)
-    title = f"{part.title}, {parts[0][0]}"
-    if not named:
+    """Run what a figure lacks, and draw it into runs/."""
+    (part,), runs, drawn = FIGURES[name], read_results(OWN)[0], {}
+    cells = part_cells(part, given)
+    refuse(run_missing(cells, 1, runs))
+    for (row, column), config in cells.items():
+        if lines := [line for line in of_seeds(config, runs) if line["error"] is not None]:
+            drawn[f"{column} {row}".strip()] = lines
+    title = f"{part.title}, {data_name(config)} at {config.image_size}x{config.image_size}"
+    if not drawn:
         raise Problem(f"--figure {name}: nothing to draw, every run of {title} has diverged", 1)
-    {"2": draw_figure2, "4": draw_figure4}[name](named, title, target)
+    if rank() == 0:
+        draw = {"2": draw_figure2, "4": draw_figure4}[name]
+        draw(drawn, title, RUNS / f"figure-{name}.png")
 
 
 # ---- Rendering -----------------------------------------------------------------------------------

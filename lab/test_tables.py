@@ -23,7 +23,7 @@ from lab.config import make_config
 from lab.fit import make_model
 from lab.measure import agreement
 from lab.paper import SGD_RATE, TABLES, asked_parts, part_cells, row_config
-from lab.results import config_key, data_name, read_results
+from lab.results import config_key, read_results
 from lab.runtime import Diverged, Problem
 from lab.tables import run_missing, summary
 
@@ -613,7 +613,7 @@ def test_captions_tell_what_was_asked_and_what_all_cells_share():
     words = "--dataset digits --set types=4 --lam 0.5 --epochs 1 --batch-size 8 --device cpu"
     asked = " error in %, dataset=digits, lam=0.5, batch_size=8, epochs=1"
     assert captions(f"lambda {words}") == [f"Held-out{asked}, types=4."]
-    assert captions(f"few {words}")[1] == f"Test{asked}, test_images=2000, types=4."
+    assert captions(f"losses {words}")[0] == f"Test{asked}, test_images=2000, types=4."
     assert captions("3 --dataset digits --test-images 0") == [
         *2 * ["Test error in %; ours, dataset=digits, test_images=0, lam=0.1."],
         "Test error in %, dataset=digits, test_images=0."]             # whose rows differ in lam
@@ -637,13 +637,13 @@ def test_a_row_that_is_quoted_alone_is_printed_alone(cli):
 
 def test_a_row_of_a_study_tells_how_each_column_was_run_or_once_what_all_share(cli):
     """And a dash for what has not been."""
-    cells = {column: config for (row, column), config in part_cells(TABLES["few"][0], {}).items()
-             if row == "shifts (+)"}
-    published(*(result(cells[column], seed) for column, seed in (
-        ("200", 0), ("200", 1), ("500", 0), ("1000", 0), ("1000", 1))))
-    text, = reported(cli, "table few/1")
-    *shown, how = numbers(text, "shifts (+)")
-    assert shown == ["10.00 ± 0.00", "10.00", "10.00 ± 0.00", "–", "–"]
+    cells = [config for (row, _), config in part_cells(TABLES["routing"][0], {}).items()
+             if row == "3"]
+    published(*(result(cells[k], seed, epochs=epochs) for k, seed, epochs in (
+        (0, 0, 60), (0, 1, 60), (1, 0, 30), (2, 0, 20), (2, 1, 20))))
+    text, = reported(cli, "table routing/1")
+    *shown, how = numbers(text, "3")
+    assert shown == ["10.00 ± 0.00", "10.00", "10.00 ± 0.00", "–"]
     assert how == "2 seeds / 1 seed / 2 seeds; 60 epochs / 30 epochs / 20 epochs; H100"
 
 
@@ -806,47 +806,10 @@ def test_the_small_studies_of_tables_4_and_5_build_what_they_are_called():
     assert [config.lr for config in rows.values()] == [0.3, 1, 3, 10]
 
 
-def test_rows_of_the_study_of_few_images_build_what_they_are_called():
-    few, parts, photographs = TABLES["few"]
-    usual = dict(lam=0.0, lr=3e-3, weight_decay=5e-4, augment="none", divergence="ot")
-    changed = {"no feedback": {}, "no feedback, rate 0.001": dict(lr=1e-3),
-               "no feedback, rate 0.01": dict(lr=1e-2), "no feedback, rate 0.03": dict(lr=3e-2),
-               "no feedback, rate 0.1": dict(lr=0.1),
-               "OT, lambda 10, rate 0.01": dict(lam=10.0, lr=1e-2),
-               "OT, lambda 10, rate 0.03": dict(lam=10.0, lr=3e-2),
-               "OT, lambda 10, rate 0.1": dict(lam=10.0, lr=0.1),
-               "OT, lambda 1": dict(lam=1.0), "OT, lambda 10": dict(lam=10.0),
-               "OT, lambda 30": dict(lam=30.0),
-               "KL, lambda 10": dict(lam=10.0, divergence="kl"),
-               "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+")}
-    cells = cells_of(few)
-    assert len(cells) == len(changed) * 5
-    for row, column, config in cells:
-        assert config.train_images == int(column) and config.resample and config.clip == 1
-        unit, *_ = make_model(config, 10, 1).units
-        found = dict(lam=config.lam, lr=config.lr, weight_decay=config.weight_decay,
-                     augment=config.augment, divergence=unit.divergence)
-        assert found == usual | changed[row]
-    built = {row: ablations_of(config) for row, _, config in cells_of(parts)}
-    for row, wanted in {"no bias fix (d1)": dict(bias_fix=False), "two units": dict(units=2),
-                        "gradient of the plan (d2)": dict(plan_grad=True),
-                        "raw pixels (d3)": dict(extractor=False), "l2 cost (d5)": dict(cost="l2"),
-                        "vanilla generator (d4)": dict(generator="vanilla"),
-                        "eps 1": dict(eps=1.0)}.items():
-        assert built[row].items() <= (USUAL | dict(units=1, lam=10.0) | wanted).items(), row
-    like = {(row, column): config for row, column, config in cells}
-    for row, column, config in cells_of(photographs):                  # but for data and side alike
-        assert (config.image_size, data_name(config)) == (32, "cifar10-jpeg")
-        assert dataclasses.replace(config, dataset="mnist", data_path="data", image_size=16,
-                                   recipe="default") == like[row, column]
-    assert {cell[:2] for cell in cells_of(photographs)} == {
-        (row, n) for row in ("no feedback", "OT, lambda 10") for n in ("500", "2000")}
-
-
 @pytest.mark.parametrize("words, blocks", [
-    ({}, 3), ({"dataset": "digits"}, 2), ({"dataset": "folder", "data_path": "here"}, 3)])
-def test_photographs_keep_to_their_own_data(words, blocks):
-    assert len(asked_parts(TABLES["few"], words)) == blocks
+    ({}, 3), ({"dataset": "digits"}, 1), ({"dataset": "imagenet", "data_path": "here"}, 2)])
+def test_imagenets_blocks_of_table_4_keep_to_their_own_data(words, blocks):
+    assert len(asked_parts(TABLES["4"], words)) == blocks
 
 
 @pytest.mark.parametrize("words, paths", [
@@ -870,60 +833,11 @@ def test_the_study_of_lambda_sees_no_test_image():
     assert rows == [(f"lambda {lam:g}", lam, True, "encapnet-small") for lam in (0, .1, 1, 10)]
 
 
-def test_studies_draw_paired_differences_and_errors(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
-    few = {"no feedback": {"200": {0: 10.0, 1: 30.0}, "500": {0: 8.0}},
-           "OT, lambda 1": {"200": {0: 9.0, 1: 27.0}, "1000": {0: 1.0}},
-           "KL, lambda 10": {"200": {1: 31.0, 2: 50.0}, "500": {1: 3.0}},   # of some no partner
-           "shifts (+)": {"200": {7: 1.0}}}
-    figures.draw_few([("some data", few)], None)
-    few["weight decay 5e-3"] = {"200": {0: 12.0}, "500": {0: 5.0}}      # a line leaves points out
-    figures.draw_few([("some data", few)], None)
-    routing = {"1": {"EM": {0: 8.0, 1: 6.0}}, "3": {"EM": {0: 5.0, 1: 5.0}, "dynamic": {0: 9.0}}}
-    figures.draw_routing([("nothing", {}), ("some data", routing), ("others", {
-        "1": {"EM": {0: 80.0}}}), ("over j", {"over j": routing["1"]})], None)
-    found = [{line.get_label(): list(zip(*line[0].get_data(), strict=True))
-              for line in figure.axes[0].containers} for figure in drawn]
-    assert found == [{"OT, lambda 1": [(200, -2)], "KL, lambda 10": [(200, 1)]},
-                     {"weight decay 5e-3": [(200, 2), (500, -3)]},
-                     {"EM": [(1, 7), (3, 5)], "dynamic": [(3, 9)]}]
-    assert [[axis.get_title() for axis in figure.axes] for figure in drawn] == [
-        *2 * [["some data"]], ["some data", "others"]]
-    (limits,) = {axis.get_ylim() for axis in drawn[2].axes}             # one scale
-    assert limits[0] == 0 and 80 < limits[1] < 100
-    assert [drawn[1].axes[0].get_xticks(minor=minor).tolist() for minor in (False, True)] == \
-        [[200, 500], []]
-
-
-def test_a_study_draws_what_has_been_run_and_names_what_is_missing(cli, drawn):
-    """Each step publishes more; a figure of one block needs no other."""
-    few, parts, _ = (part_cells(part, {}) for part in TABLES["few"])
-    base, lone = few["no feedback", "200"], result(few["OT, lambda 10", "200"])
-    other = result(parts["two units", "200"])
-    for lines in ([], [other], [lone], [result(base), other], [lone, result(base, seed=1)]):
-        published(*lines)
-        assert_one_line(cli("--figure few"), "'no feedback'", "--table few --seeds 3", code=1)
-    published(lone, result(base))
-    assert cli("--figure few").code == 0
-    small, large, over_j, _ = (cells_of(part)[0][2] for part in TABLES["routing"])
-    published(result(over_j))
-    assert_one_line(cli("--figure routing"), "rows 1, 2", "--table routing --seeds 3", code=1)
-    published(result(large), result(over_j))
-    assert cli("--figure routing").code == 0
-    digits = part_cells(TABLES["routing"][0], {"dataset": "digits", "image_size": 24})
-    published(result(next(iter(digits.values()))))
-    assert cli("--figure routing --dataset digits --image-size 24").code == 0
-    assert [[axis.get_title() for axis in figure.axes] for figure in drawn] == [
-        ["mnist at 16x16"], ["mnist at 32x32"], ["digits at 24x24"]]
-
-
 def test_no_two_series_of_a_plot_look_alike():
-    """As many as the study of few images has rows."""
     _, ((axis,),) = figures.canvas(1, 1)
-    figures.draw_series(axis, {str(k): {1: [2.0]} for k in range(len(TABLES["few"][0].rows))})
+    figures.draw_series(axis, {str(k): {1: [2.0]} for k in range(20)})
     looks = {(line[0].get_marker(), line[0].get_color()) for line in axis.containers}
-    assert len(looks) == len(TABLES["few"][0].rows)
+    assert len(looks) == 20
 
 
 @pytest.mark.parametrize("values, middle, half", [
