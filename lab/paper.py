@@ -1,5 +1,4 @@
 """The paper's tables and figures, and studies of ours, as data: rows are changes to Config."""
-from pathlib import Path
 from typing import NamedTuple
 
 import encapnet
@@ -214,13 +213,7 @@ def part_columns(part, given):
 
 
 def part_cells(part, given):
-    """{(row, column): Config} of every cell that the paper fills by a run.
-
-    --data-path is where data sets are: a part on a folder of its own finds it there by its name.
-    """
-    if "data_path" in given and "dataset" not in given and "data_path" in part.base:
-        own = Path(given["data_path"]) / Path(part.base["data_path"]).name
-        given = {**given, "data_path": str(own)}
+    """{(row, column): Config} of every cell that the paper fills by a run."""
     return {(name, column): row_config(part.base, about, changes, given)
             for name, changes, paper in part.rows if changes is not None
             for column, about in part_columns(part, given).items()

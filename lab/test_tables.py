@@ -812,21 +812,6 @@ def test_imagenets_blocks_of_table_4_keep_to_their_own_data(words, blocks):
     assert len(asked_parts(TABLES["4"], words)) == blocks
 
 
-@pytest.mark.parametrize("words, paths", [
-    ({}, ["data", "data", "data/cifar10-jpeg"]),
-    ({"data_path": "my/sets"}, ["my/sets", "my/sets", "my/sets/cifar10-jpeg"]),
-    ({"dataset": "folder", "data_path": "here"}, 3 * ["here"])])
-def test_photographs_are_found_beside_the_other_data_sets(words, paths):
-    """Wherever those are, the results are the same."""
-    cells = [part_cells(part, words) for part in asked_parts(TABLES["few"], words)]
-    assert [{config.data_path for config in found.values()} for found in cells] == \
-        [{path} for path in paths]
-    if "dataset" not in words:
-        for part, found in zip(TABLES["few"], cells, strict=True):
-            assert {cell: config_key(config) for cell, config in found.items()} == \
-                {cell: config_key(config) for cell, config in part_cells(part, {}).items()}
-
-
 def test_the_study_of_lambda_sees_no_test_image():
     rows = [(row, config.lam, config.hold_out, config.model)
             for row, _, config in cells_of(TABLES["lambda"][0])]
