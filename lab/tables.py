@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import statistics
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +34,6 @@ from lab.results import (
     data_name,
     environment,
     identity,
-    read_lines,
     read_results,
     record,
 )
@@ -284,19 +282,6 @@ def render_runs(runs):
                     rows)
 
 
-def render_logs():
-    """What the authors' training logs say, a line each of results/authors-logs.jsonl."""
-    rows = []
-    for line in read_lines(PUBLISHED / "authors-logs.jsonl"):
-        parameters = round(line["parameters_MiB_float32"] * 2 ** 20 / 4)         # the log's unit
-        errors = [line[f"{kind}_error"] for kind in ("last_train", "last_test", "min_test")]
-        rows.append([line["what"], f"{parameters:,}", megabits(parameters), line["epochs_logged"],
-                     *("–" if error is None else f"{error:.2f}" for error in errors),
-                     line["paper"] or "–", f"`{line['log']}`, {line['commit']}"])
-    return markdown(["network", "parameters", "Mb", "epochs", "last training error %", "last test "
-                     "error %", "lowest", "the paper's nearest row", "log, commit"], rows)
-
-
 def speed_row(line):
     """Cells of a comparison: what, instead; ours, theirs and their ratio, of time and memory."""
     cells = [line["what"], line["instead"]]
@@ -317,14 +302,13 @@ def render_speed(speeds):
 # ---- README's blocks -----------------------------------------------------------------------------
 
 def render_block(words, results, parse):
-    """What stands below <!-- words -->: runs; speed; logs; or a table, 3/2 its second block alone.
+    """What stands below <!-- words -->: runs; speed; or a table, 3/2 its second block alone.
 
     words: of a table also its flags, --row among them
     """
     (runs, benches, speeds), (kind, *words) = results, shlex.split(words)
     if kind != "table":
-        return {"runs": partial(render_runs, runs), "speed": partial(render_speed, speeds),
-                "logs": render_logs}[kind]()
+        return render_runs(runs) if kind == "runs" else render_speed(speeds)
     (table, _, part), (found, given) = words[0].partition("/"), parse(words[1:])
     blocks = render_table(table, given, runs, benches, found.get("row", ()), page=True)
     if part:
@@ -344,7 +328,7 @@ def report(check, parse):
         raise Problem(f"no {README} here")
     for page in pages:
         before = page.read_text()
-        after = re.sub(r"<!-- ((?:table|runs|speed|logs)\b[^>]*?) -->\n.*?<!-- end -->",
+        after = re.sub(r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->",
                        lambda match: f"<!-- {match[1]} -->\n"
                        f"{render_block(match[1], results, parse)}\n<!-- end -->",
                        before, flags=re.S)

@@ -716,10 +716,21 @@ def test_report_renders_and_checks(cli):
     assert_one_line(cli("--report --check"), "does not agree", code=1)
 
 
-def test_the_authors_logs_are_counted_in_table_1s_unit_beside_the_papers_own_rows(monkeypatch):
-    monkeypatch.chdir(Path(train.__file__).parent)
-    rows = tables.render_logs().splitlines()[2:]
+def test_the_authors_logs_are_counted_in_table_1s_unit_beside_the_papers_own_rows():
+    """On the page, whose figures are those of authors-logs.jsonl."""
+    results = Path(train.__file__).parent / "results"
+    page = (results / "README.md").read_text()
+    rows = page.split("| log, commit |\n")[1].split("\n\n")[0].splitlines()[1:]
     logs = {row.split("`")[-2]: numbers(row, "") for row in rows}
+    lines = list(map(json.loads, (results / "authors-logs.jsonl").read_text().splitlines()))
+    assert len(lines) == len(rows) == len(logs)
+    for line in lines:
+        shown = logs[line["log"]]
+        assert line["what"] in rows[lines.index(line)] and line["commit"] in shown[-1]
+        assert int(shown[0].replace(",", "")) == round(line["parameters_MiB_float32"] * 2 ** 18)
+        assert [shown[2], shown[-2]] == [str(line["epochs_logged"]), line["paper"] or "–"]
+        assert shown[3:6] == ["–" if error is None else f"{error:.2f}" for error in (
+            line[f"{kind}_error"] for kind in ("last_train", "last_test", "min_test"))]
     for name, row, parameters in (
             ("capnet_dynamic", "(a)", 9913600), ("capnet_EM", "(b)", 9991540),
             ("resnet_shape", "(c)", 1575690), ("resnet_param", "(d)", 9624782),
