@@ -13,7 +13,6 @@ import torch
 
 import encapnet
 from lab import bench
-from lab.config import Config, tested_on
 from lab.figures import draw_figure2, draw_figure4
 from lab.fit import clock, fit, make_model
 from lab.paper import (
@@ -33,7 +32,6 @@ from lab.results import (
     config_key,
     data_name,
     environment,
-    identity,
     read_results,
     record,
 )
@@ -160,19 +158,21 @@ def render_table(name, given, runs, benches, only=(), page=False):
 
 
 def summary(config, paper, runs):
-    """One cell, over all seeds known -> ours, difference, how: (seeds, epochs, devices) or ()."""
-    lines = of_seeds(config, runs)
+    """A cell, over all seeds known -> (paper, ours, difference), how: (seeds, epochs, devices)."""
+    theirs = f"{paper:.2f}" if isinstance(paper, float) else paper or "–"
+    lines = of_seeds(config, runs) if config else ()
     if not lines:
-        return "–", "–", ()
+        return (theirs, "–", "–"), ()
     devices = " and ".join(sorted({line["environment"]["device"] for line in lines}))
     how = count(len(lines), "seed"), count(lines[0]["epochs"], "epoch"), devices
     bad = [line["outcome"] for line in lines if line["outcome"] != "ok"]
     if bad:
-        return f"fail ({bad[0]})", "–", how
+        return (theirs, f"fail ({bad[0]})", "–"), how
     errors = [line["top5_error" if config.dataset == "imagenet" else "error"] for line in lines]
     mean = statistics.mean(errors)
     spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
-    return f"{mean:.2f}{spread}", f"{mean - paper:+.2f}" if isinstance(paper, float) else "–", how
+    difference = f"{mean - paper:+.2f}" if isinstance(paper, float) else "–"
+    return (theirs, f"{mean:.2f}{spread}", difference), how
 
 
 def render_part(table, part, given, runs, page):
@@ -184,49 +184,24 @@ def render_part(table, part, given, runs, page):
     printed = part_cells(part, {})
     same = all(as_json(config, PAPERS) == as_json(printed[cell], PAPERS)
                for cell, config in configs.items())
-    kinds = [""] if part.study else ["paper", "ours", "difference"][:2 + same]
-    header = ["", *(f"{column} {kind}".strip() if part.study or len(columns) > 1 else kind
-                    for column in columns for kind in kinds), "how" if part.study else "ours: how"]
+    shown = slice(1, 2) if part.study else slice(2 + same)
+    header = list(columns) if part.study else [
+        f"{column} {kind}" if len(columns) > 1 else kind
+        for column in columns for kind in ("paper", "ours", "difference")[shown]]
     rows = []
     for row, changes, paper in part.rows:
-        cells, hows = [row], []
-        for column in columns:
-            value, ours, difference, how = paper.get(column), "–", "–", ()
-            if config := configs.get((row, column)):
-                ours, difference, how = summary(config, value, runs)
-            hows += [how] if how else []
-            theirs = f"{value:.2f}" if isinstance(value, float) else value or "–"
-            cells += [ours] if part.study else [theirs, ours, difference][:len(kinds)]
-        each = [" / ".join(words if len(set(words)) > 1 else words[:1])      # one a column
-                for words in zip(*hows, strict=True)]
-        how = ("; " if part.study else ", ").join(each) or "–"
-        rows.append([*cells, "quoted" if changes is None else how])
+        found = [summary(configs.get((row, column)), paper.get(column), runs) for column in columns]
+        each = [" / ".join(words if len(set(words)) > 1 else words[:1])      # one per column
+                for words in zip(*(how for _, how in found if how), strict=True)]
+        how = "quoted" if changes is None else ", ".join(each) or "–"
+        rows.append([row, *(cell for cells, _ in found for cell in cells[shown]), how])
     title = f"**{table}: {part.title}.**"
     if page:
         rows = [row for row in rows if row[-1] != "–"]
         if all(row[-1] == "quoted" for row in rows):
             return f"{title} Not run."
-    return f"{title} {caption(part, configs, given)}.\n\n{markdown(header, rows)}"
-
-
-def changes_told(changes):
-    return "".join(f", {name}={value}" for name, value in changes.items())
-
-
-def caption(part, configs, given):
-    """The error, what the command line changes, and what else all cells share."""
-    if not configs:
-        return "Test error in %"
-    config = next(iter(configs.values()))
-    known = {**identity(config), "epochs": config.epochs}
-    changes = {name: known[name] for name in given
-               if name in known and name not in ("set", "hold_out")}
-    shared = ("lam",) if config.hold_out else ("lam", "test_images")
-    changes |= {name: known[name] for name in shared if known[name] != getattr(Config, name)
-                and len({getattr(c, name) for c in configs.values()}) == 1}
-    changes |= given.get("set", {})
-    ours = "; ours" if changes and not part.study else ""
-    return f"{tested_on(config).capitalize()} error in %{ours}{changes_told(changes)}"
+    tested = "Held-out" if any(config.hold_out for config in configs.values()) else "Test"
+    return f"{title} {tested} error in %.\n\n{markdown(['', *header, 'how'], rows)}"
 
 
 def megabits(parameters):
@@ -248,7 +223,7 @@ def render_costs(part, given, benches):
         rows.append([name, batch, size, megabits(parameters), f"{memory:,}", ours[0], seconds,
                      *ours[1:]])
     return ("**Table 1: cost.** Mb of parameters: 16 bits each, in 2^20 bits; runtime: forward and "
-            f"backward of a batch{changes_told(given.get('set', {}))}.\n\n") + markdown(
+            "backward of a batch.\n\n") + markdown(
         ["", "batch", "Mb of parameters: paper", "ours", "MB of memory: paper", "ours",
          "s a batch: paper", "ours", "device"], rows)
 
