@@ -22,7 +22,7 @@ from lab.config import Parser, make_config
 from lab.data import Data, Split
 from lab.fit import build_run, start, train_step
 from lab.results import as_json, environment, record
-from lab.runtime import guarded, rank, say, world
+from lab.runtime import guarded, say, world
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own lines on stderr
 
@@ -85,11 +85,11 @@ def training_step(config, device):
     return partial(train_step, run, split.images, split.labels, draws), run.net
 
 
-COST = ("model", "set", "image_size", "amp", "compile", "channels_last")     # and batch, device
+COST = ("model", "set", "image_size", "amp", "compile", "channels_last", "batch_size")
 
 
 def costs_of(config, lines):
-    """Those of bench_step's lines that have these settings, with any batch and device."""
+    """Those of bench_step's lines that have these settings, on any device."""
     return [line for line in lines if as_json(config, COST).items() <= line.items()]
 
 
@@ -117,9 +117,9 @@ def bench_step(config, seconds=3.0):
         return step, net, step()
     (step, net, _), peak = peak_memory(begin, device)
     whole, parts = median_seconds(step, seconds), seconds_of_parts(step, seconds)
-    line = {**as_json(config, COST), "batch": config.batch_size,
-            "parameters": sum(p.numel() for p in net.parameters()), "train_step_seconds": whole,
-            "images_per_second": config.batch_size / whole, "memory_MB": peak / 1e6,
+    line = {**as_json(config, COST), "parameters": sum(p.numel() for p in net.parameters()),
+            "train_step_seconds": whole, "images_per_second": config.batch_size / whole,
+            "memory_MB": peak / 1e6,
             "device": environment(device)["device"], **parts,
             "step_seconds": parts["forward_seconds"] + parts["backward_seconds"]}
     split = ", ".join(f"{part.split('_')[0]} {1e3 * time:.1f}" for part, time in parts.items())
@@ -127,8 +127,7 @@ def bench_step(config, seconds=3.0):
         f"{config.image_size}x{config.image_size}, {line['device']}: "
         f"{line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms ({split}), "
         f"peak memory of its tensors {peak / 1e6:,.0f} MB")
-    if rank() == 0:
-        record({"bench": line})
+    record({"bench": line})
 
 
 def network_step(device, batch, compile=False, **changes):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lab.config import Config
-from lab.runtime import RUNS, count, reason, say, world
+from lab.runtime import RUNS, count, rank, reason, say, world
 
 OWN, PUBLISHED = RUNS / "results.jsonl", Path("results")
 
@@ -61,6 +61,8 @@ def environment(device):
 
 def record(line):
     """One more line of runs/results.jsonl, after one that a kill left torn if there is one."""
+    if rank() > 0:
+        return
     try:
         RUNS.mkdir(exist_ok=True)
         torn = OWN.exists() and not OWN.read_bytes().endswith(b"\n")

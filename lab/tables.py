@@ -74,8 +74,7 @@ def run_cell(config, runs):
             "error": None, "epochs": config.epochs, "outcome": str(failure).split(";")[0],
             "folder": folder, "config": dataclasses.asdict(config),
             "environment": environment(pick_device(config.device))}
-        if rank() == 0:
-            record(line)
+        record(line)
 
 
 def run_missing(cells, seeds, runs):
@@ -100,27 +99,20 @@ def measure_costs(part, given):
     for name, changes, paper in part.rows:
         config = row_config(CIFAR10, changes, given, dict(batch_size=paper["cost"][2]))
         device = environment(pick_device(config.device))["device"]
-        known = [(line["batch"], line["device"])
-                 for line in bench.costs_of(config, read_results(OWN)[1])]
-        if (config.batch_size, device) not in known:
+        known = bench.costs_of(config, read_results(OWN)[1])
+        if device not in [line["device"] for line in known]:
             attempt(f"{name}: memory and time at batch {config.batch_size}",
                     bench.bench_step, config)
 
 
 def show_table(name, only, seeds, given):
-    """Run what a table lacks, print it, keep it in runs/table-NAME.md."""
+    """Run what a table lacks, and print it."""
     parts, runs = asked_parts(TABLES[name], given, only), read_results(OWN)[0]
-    if name == "1" and "WORLD_SIZE" in os.environ:       # there a step is of all processes
-        say("memory and time are measured without torchrun: python train.py --table 1")
-    elif name == "1":
+    if name == "1" and "WORLD_SIZE" not in os.environ:   # under torchrun a step is of all processes
         measure_costs(parts[0], given)
     failures = [failure for part in parts
                 for failure in run_missing(part_cells(part, given), seeds, runs)]
-    text = "\n\n".join(render_table(name, given, runs, read_results(OWN)[1], only))
-    say("\n" + text)
-    if rank() == 0:
-        RUNS.mkdir(exist_ok=True)
-        (RUNS / f"table-{name}.md").write_text(text)
+    say("\n" + "\n\n".join(render_table(name, given, runs, read_results(OWN)[1], only)))
     refuse(failures)
 
 
@@ -204,24 +196,18 @@ def render_part(table, part, given, runs, page):
     return f"{title} {tested} error in %.\n\n{markdown(['', *header, 'how'], rows)}"
 
 
-def megabits(parameters):
-    """The unit of Table 1: 16 bits per parameter, in 2^20 bits, as the authors' logs show."""
-    return f"{16 * parameters / 2 ** 20:.2f}"
-
-
 def render_costs(part, given, benches):
-    """Table 1's parameters, memory and time a batch."""
+    """Table 1's parameters, memory and time per batch."""
     rows = []
     for name, changes, paper in part.rows:
         size, memory, batch, seconds = paper["cost"]
-        config, ours = row_config(CIFAR10, changes, given), 3 * ["–"]
+        config, ours = row_config(CIFAR10, changes, given, dict(batch_size=batch)), 3 * ["–"]
         with torch.device("meta"):
             parameters = sum(p.numel() for p in make_model(config, 10, 3).parameters())
         for line in bench.costs_of(config, benches):
-            if line["batch"] == batch:
-                ours = f"{line['memory_MB']:,.0f}", f"{line['step_seconds']:.3f}", line["device"]
-        rows.append([name, batch, size, megabits(parameters), f"{memory:,}", ours[0], seconds,
-                     *ours[1:]])
+            ours = f"{line['memory_MB']:,.0f}", f"{line['step_seconds']:.3f}", line["device"]
+        rows.append([name, batch, size, f"{16 * parameters / 2 ** 20:.2f}", f"{memory:,}", ours[0],
+                     seconds, *ours[1:]])
     return ("**Table 1: cost.** Mb of parameters: 16 bits each, in 2^20 bits; runtime: forward and "
             "backward of a batch.\n\n") + markdown(
         ["", "batch", "Mb of parameters: paper", "ours", "MB of memory: paper", "ours",

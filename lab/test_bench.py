@@ -96,7 +96,7 @@ def test_a_bench_line_is_of_one_step_and_in_the_units_it_names(monkeypatch, tmp_
     assert line.pop("device").startswith("CPU, ")
     net = encapnet.build("cnn-same", width=0.1)
     assert line == {"model": "cnn-same", "set": {"width": 0.1}, "image_size": 32, "amp": False,
-                    "compile": False, "channels_last": False, "batch": 6, "memory_MB": 3,
+                    "compile": False, "channels_last": False, "batch_size": 6, "memory_MB": 3,
                     "parameters": sum(p.numel() for p in net.parameters()),
                     "train_step_seconds": 0.25, "images_per_second": 24,
                     "step_seconds": pytest.approx(0.21)}
@@ -253,14 +253,14 @@ def routing_costs(routing, forms, batch, shape):
     return [(bench.median_seconds(step), bench.peak_memory(step, CPU)[1] / 1e6) for step in steps]
 
 
-def test_costs_of_a_network_are_those_of_its_settings_with_any_batch_and_device():
+def test_costs_of_a_network_are_those_of_its_settings_on_any_device():
     config = make_config(dataset="cifar10", set={"depths": (1, 1, 1, 1)}, batch_size=64)
     line = {"model": "encapnet", "set": {"depths": [1, 1, 1, 1]}, "image_size": 32, "amp": False,
-            "compile": False, "channels_last": False, "batch": 8, "device": "a card"}
+            "compile": False, "channels_last": False, "batch_size": 64, "device": "a card"}
     others = [{**line, **change} for change in (
         {"set": {}}, {"model": "resnet18"}, {"image_size": 16}, {"amp": True}, {"compile": True},
-        {"channels_last": True})]
-    same = [line, {**line, "batch": 64}]
+        {"channels_last": True}, {"batch_size": 8})]
+    same = [line, {**line, "device": "another"}]
     assert bench.costs_of(config, [*same, *others, {"model": "encapnet"}]) == same
 
 

@@ -47,6 +47,14 @@ def test_a_torn_line_costs_no_other(tmp_path, monkeypatch, capsys):
     assert "line 2: torn" in capsys.readouterr().out
 
 
+def test_one_process_of_several_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        record({"of": rank})
+    assert list(read_lines(results.OWN)) == [{"of": 0}]
+
+
 def test_a_place_that_takes_no_line_stops_nothing(tmp_path, monkeypatch, capsys):
     """runs is a file here; a read-only folder and a full disk raise the same way."""
     monkeypatch.chdir(tmp_path)
