@@ -119,8 +119,7 @@ def bench_step(config, seconds=3.0):
     whole, parts = median_seconds(step, seconds), seconds_of_parts(step, seconds)
     line = {**as_json(config, COST), "parameters": sum(p.numel() for p in net.parameters()),
             "train_step_seconds": whole, "images_per_second": config.batch_size / whole,
-            "memory_MB": peak / 1e6,
-            "device": environment(device)["device"], **parts,
+            "memory_MB": peak / 1e6, "device": environment(device)["device"], **parts,
             "step_seconds": parts["forward_seconds"] + parts["backward_seconds"]}
     split = ", ".join(f"{part.split('_')[0]} {1e3 * time:.1f}" for part, time in parts.items())
     say(f"{config.model}, {line['parameters']:,} parameters, batch {config.batch_size}, "

@@ -16,11 +16,11 @@ TYPEFACES = (              # of text: of those installed, the first that has a c
     "Arial Unicode MS", "Hiragino Sans GB", "Noto Emoji")                           # macOS; any
 
 
-def canvas(rows, columns, width=10, height=3.2):
+def canvas(rows, columns, width=10, height=3.2, **options):
     """A figure outside pyplot's global state, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def shortened(name, longest):
@@ -89,22 +89,18 @@ def draw_run(title, chance, history, images, answers, labels, classes, path):
 def draw_figure2(lines, title, path):
     """Rows: routings; columns: moments.  Grey: % of votes, blue: their mean length.   [Fig. 2]"""
     lines = {name: found[0]["moments"] for name, found in lines.items()}
-    figure, axes = canvas(len(lines), max(map(len, lines.values())), height=2.6)
+    figure, axes = canvas(len(lines), max(map(len, lines.values())), height=2.6, sharey=True)
     figure.suptitle(shortened(title, 120), fontsize=10)
-    top = 1.05 * max(max(moment["percent"]) for moments in lines.values() for moment in moments)
     for row, (name, moments) in zip(axes, lines.items(), strict=True):
         for axis, moment in zip(row, moments, strict=False):
             shares, bins = moment["percent"], len(moment["percent"])
             centres = [(2 * k + 1) / bins - 1 for k in range(bins)]
             axis.bar(centres, shares, 2 / bins, color="0.75")
-            axis.set_ylim(0, top)
             axis.set_title(f"{name}, epoch {moment['epoch']}", fontsize=9)
-            axis.tick_params(labelsize=7)
             twin = axis.twinx()
             twin.plot(centres, [length if share else math.nan for length, share in zip(
                 moment["length"], shares, strict=True)], color=COLOURS[0])
             twin.set_ylim(bottom=0)
-            twin.tick_params(labelsize=7, labelcolor=COLOURS[0])
         row[0].set_ylabel("% of votes (grey)", fontsize=8)
         twin.set_ylabel("length of votes (blue)", fontsize=8)
     figure.supxlabel("cosine of vote and class capsule", fontsize=8)

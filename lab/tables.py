@@ -70,9 +70,8 @@ def run_cell(config, runs):
         runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=folder))
     except Diverged as failure:
         runs[key, config.seed] = line = {
-            "data": data_name(config), "model": config.model, "seed": config.seed,
-            "error": None, "epochs": config.epochs, "outcome": str(failure).split(";")[0],
-            "folder": folder, "config": dataclasses.asdict(config),
+            "seed": config.seed, "epochs": config.epochs, "error": None, "folder": folder,
+            "outcome": str(failure).split(";")[0], "config": dataclasses.asdict(config),
             "environment": environment(pick_device(config.device))}
         record(line)
 
@@ -234,30 +233,26 @@ def architecture(model, given):
 
 
 def render_runs(runs):
-    """The single runs, those of no table; what gradients were clipped to, as recipes gained it."""
+    """The single runs, those of no table."""
     rows = [[f"`{r['environment']['command']}`", r["data"], f"{r['error']:.2f}", r["epochs"],
-             r["config"].get("clip") or "never", clock(r["seconds"]),
-             r["environment"]["device"]] for r in runs.values() if r["outcome"] == "ok"
+             clock(r["seconds"]), r["environment"]["device"]] for r in runs.values()
+            if r["outcome"] == "ok"
             and not re.search("--table|--figure", r["environment"]["command"])]
-    return markdown(["command", "data", "test error %", "epochs", "clipped to", "time", "device"],
-                    rows)
-
-
-def speed_row(line):
-    """Cells of a comparison: what, instead; ours, theirs and their ratio, of time and memory."""
-    cells = [line["what"], line["instead"]]
-    for unit, scale, digits in (("seconds", 1e3, 1), ("MB", 1, 0)):
-        ours, theirs = line[f"ours_{unit}"], line.get(unit)
-        cells += [f"{scale * x:,.{digits}f}" if x else "–" for x in (ours, theirs)]
-        cells.append(f"{theirs / ours:.2f}" if ours and theirs else "–")
-    return [*cells, line["device"]]
+    return markdown(["command", "data", "test error %", "epochs", "time", "device"], rows)
 
 
 def render_speed(speeds):
     """The comparisons that results/ holds; later lines win."""
-    lines = {(line["what"], line["instead"], line["device"]): line for line in speeds}
+    rows = {}
+    for line in speeds:
+        cells = [line["what"], line["instead"]]
+        for unit, scale, digits in (("seconds", 1e3, 1), ("MB", 1, 0)):
+            ours, theirs = line[f"ours_{unit}"], line[unit]
+            cells += [f"{scale * x:,.{digits}f}" if x else "–" for x in (ours, theirs)]
+            cells.append(f"{theirs / ours:.2f}" if ours and theirs else "–")
+        rows[line["what"], line["instead"], line["device"]] = [*cells, line["device"]]
     return markdown(["forward and backward", "instead", "ms: ours", "instead", "ratio",
-                     "MB: ours", "instead", "ratio", "device"], map(speed_row, lines.values()))
+                     "MB: ours", "instead", "ratio", "device"], rows.values())
 
 
 # ---- README's blocks -----------------------------------------------------------------------------
@@ -284,18 +279,15 @@ def report(check, parse):
     parse: words of a command line -> commands, fields of Config given
     """
     results = read_results()
-    pages = [page for page in (README, PUBLISHED / "README.md") if page.exists()]
-    if not pages:
-        raise Problem(f"no {README} here")
-    for page in pages:
+    for page in (README, *PUBLISHED.glob("README.md")):
         before = page.read_text()
         after = re.sub(r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->",
                        lambda match: f"<!-- {match[1]} -->\n"
                        f"{render_block(match[1], results, parse)}\n<!-- end -->",
                        before, flags=re.S)
-        if check and after != before:
-            raise Problem(f"{page} does not agree with {PUBLISHED}/: run python train.py --report",
-                          1)
         if after != before:
+            if check:
+                raise Problem(f"{page} does not agree with {PUBLISHED}/: run python train.py "
+                              "--report", 1)
             page.write_text(after)
         say(f"{page}: up to date")

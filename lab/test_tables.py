@@ -689,8 +689,7 @@ def test_report_renders_and_checks(cli):
     assert f"--table {words}`" in text and f"--table {words} --row random zero`" in text
     rows = re.findall(r"^\| (?!---)(\S.*?) \|", text.split("--row random zero -->")[1], re.M)
     assert rows == ["zero"]
-    assert "| `python train.py --lr 1` | digits | 4.50 | 7 | 2.0 | 1m23s | a CPU |" in text
-    assert "| 7 | never | 1m23s | a CPU |" in text
+    assert text.count("| `python train.py --lr 1` | digits | 4.50 | 7 | 1m23s | a CPU |") == 2
     assert numbers(text, "squash") == [*"loops 2.0 6.0 3.00 2 3 1.50".split(), "CPU, 1 thread"]
     Path("README.md").write_text(text.replace("14.25", "14.26"))
     assert_one_line(cli("--report --check"), "does not agree", code=1)
