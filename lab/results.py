@@ -82,9 +82,13 @@ def read_lines(*files):
                 say(f"{file}, line {n}: torn, left out")
 
 
-def read_results(*files):
-    """runs {(config key, seed): line}, later lines win, and the lines of both kinds of benches."""
-    lines = list(read_lines(*sorted(PUBLISHED.glob("*.jsonl")), *files))
+def read_results(own=True):
+    """runs {(config key, seed): line}, later lines win, and the lines of both kinds of benches.
+
+    own: those of runs/ after the published ones
+    """
+    published = sorted(PUBLISHED.glob("*.jsonl"))
+    lines = list(read_lines(*published, OWN) if own else read_lines(*published))
     runs = {(config_key(Config(**line["config"])), line["seed"]): line
             for line in lines if "config" in line}
     return runs, *([line[kind] for line in lines if kind in line] for kind in ("bench", "speed"))

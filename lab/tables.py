@@ -15,26 +15,8 @@ import encapnet
 from lab import bench
 from lab.figures import draw_figure2, draw_figure4
 from lab.fit import clock, fit, make_model
-from lab.paper import (
-    CIFAR10,
-    FIGURES,
-    TABLES,
-    asked_parts,
-    model_row,
-    part_cells,
-    part_columns,
-    row_config,
-)
-from lab.results import (
-    OWN,
-    PUBLISHED,
-    as_json,
-    config_key,
-    data_name,
-    environment,
-    read_results,
-    record,
-)
+from lab.paper import CIFAR10, FIGURES, TABLES, asked_parts, part_cells, part_columns, row_config
+from lab.results import PUBLISHED, as_json, config_key, data_name, environment, read_results, record
 from lab.runtime import RUNS, Diverged, Problem, count, pick_device, rank, reason, say
 
 README = Path("README.md")
@@ -98,7 +80,7 @@ def measure_costs(part, given):
     for name, changes, paper in part.rows:
         config = row_config(CIFAR10, changes, given, dict(batch_size=paper["cost"][2]))
         device = environment(pick_device(config.device))["device"]
-        known = bench.costs_of(config, read_results(OWN)[1])
+        known = bench.costs_of(config, read_results()[1])
         if device not in [line["device"] for line in known]:
             attempt(f"{name}: memory and time at batch {config.batch_size}",
                     bench.bench_step, config)
@@ -106,18 +88,18 @@ def measure_costs(part, given):
 
 def show_table(name, only, seeds, given):
     """Run what a table lacks, and print it."""
-    parts, runs = asked_parts(TABLES[name], given, only), read_results(OWN)[0]
+    parts, runs = asked_parts(TABLES[name], given, only), read_results()[0]
     if name == "1" and "WORLD_SIZE" not in os.environ:   # under torchrun a step is of all processes
         measure_costs(parts[0], given)
     failures = [failure for part in parts
                 for failure in run_missing(part_cells(part, given), seeds, runs)]
-    say("\n" + "\n\n".join(render_table(name, given, runs, read_results(OWN)[1], only)))
+    say("\n" + "\n\n".join(render_table(name, given, runs, read_results()[1], only)))
     refuse(failures)
 
 
 def show_figure(name, given):
     """Run what a figure lacks, and draw it into runs/."""
-    (part,), runs, drawn = FIGURES[name], read_results(OWN)[0], {}
+    (part,), runs, drawn = FIGURES[name], read_results()[0], {}
     cells = part_cells(part, given)
     refuse(run_missing(cells, 1, runs))
     for (row, column), config in cells.items():
@@ -216,7 +198,8 @@ def render_costs(part, given, benches):
 @torch.no_grad()
 def architecture(model, given):
     """Table 2 of the built network: the size of each part's output."""
-    config = row_config(CIFAR10, model_row(model, feedback=0), {"set": given.get("set", {})})
+    config = row_config(CIFAR10, dict(model=model, set=dict(feedback=0)),
+                        {"set": given.get("set", {})})
     network = make_model(config, 10, 3).eval()
     u = network.stem(torch.zeros(1, 3, config.image_size, config.image_size))
     outputs = [("M0", network.stem, "convolution", u)]
@@ -278,7 +261,7 @@ def report(check, parse):
     <!-- table 3 --epochs 20 ... --> to <!-- end -->
     parse: words of a command line -> commands, fields of Config given
     """
-    results = read_results()
+    results = read_results(own=False)
     for page in (README, *PUBLISHED.glob("README.md")):
         before = page.read_text()
         after = re.sub(r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->",

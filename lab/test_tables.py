@@ -309,7 +309,7 @@ def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch)
         raise Diverged("NaN at step 1; stopped")
     monkeypatch.setattr(tables, "fit", diverge)
     for _ in range(2):
-        runs, *_ = read_results(Path("runs/results.jsonl"))
+        runs, *_ = read_results()
         assert run_missing({("one", ""): config}, 1, runs) == []
         assert summary(config, 14.28, runs)[0] == ("14.28", "fail (NaN at step 1)", "–")
     assert len(tried) == 1
