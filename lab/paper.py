@@ -12,7 +12,7 @@ class Part(NamedTuple):
     title: str
     base: dict
     columns: dict          # name: changes
-    rows: list             # (name, changes, {column: the paper's error in %});  None: quoted there
+    rows: list             # (name, changes, {column: the paper's error in %})
     own_data: bool = False           # stays on its data set when --dataset asks for another
     study: bool = False              # ours, not the paper's: every cell is run, nothing beside it
 
@@ -79,14 +79,7 @@ TABLES = {
              {name: dict(dataset=name) for name in SETS},
              [(f"EncapNet{a}", dict(augment=a or "none"), dict(zip(SETS, p, strict=True)))
               for a, *p in (("", 4.55, 26.77, 2.01), ("+", 3.13, 24.01, 1.64),
-                            ("++", 3.10, 24.18, 1.52))]
-             + [(name, None, dict(zip(SETS, p, strict=True))) for name, *p in (
-                 ("GoodInit", 5.84, 27.66, None), ("BayesNet", 6.37, 27.40, None),
-                 ("ResNet", 6.43, None, None), ("ELU", 6.55, 24.28, None),
-                 ("Batch NIN", 6.75, 28.86, 1.81), ("Rec-CNN", 7.09, 31.75, 1.77),
-                 ("Piecewise", 7.51, 30.83, None), ("DSN", 8.22, 34.57, 1.92),
-                 ("NIN", 8.80, 35.68, 2.35), ("dasNet", 9.22, 33.78, None),
-                 ("Maxout", 9.35, 38.57, 2.47), ("AlexNet", 11.00, None, None))]),
+                            ("++", 3.10, 24.18, 1.52))]),
         Part("h-ImageNet, top-1", dict(dataset="h-imagenet"), {"h-ImageNet": {}}, [
             (name, dict(model=model, image_size=side, augment=augment), {"h-ImageNet": error})
             for name, model, side, augment, error in (
@@ -215,6 +208,6 @@ def part_columns(part, given):
 def part_cells(part, given):
     """{(row, column): Config} of every cell that the paper fills by a run."""
     return {(name, column): row_config(part.base, about, changes, given)
-            for name, changes, paper in part.rows if changes is not None
+            for name, changes, paper in part.rows
             for column, about in part_columns(part, given).items()
             if part.study or paper.get(column) is not None}

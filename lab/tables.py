@@ -162,16 +162,16 @@ def render_part(table, part, given, runs, page):
         f"{column} {kind}" if len(columns) > 1 else kind
         for column in columns for kind in ("paper", "ours", "difference")[shown]]
     rows = []
-    for row, changes, paper in part.rows:
+    for row, _, paper in part.rows:
         found = [summary(configs.get((row, column)), paper.get(column), runs) for column in columns]
         each = [" / ".join(words if len(set(words)) > 1 else words[:1])      # one per column
                 for words in zip(*(how for _, how in found if how), strict=True)]
-        how = "quoted" if changes is None else ", ".join(each) or "–"
-        rows.append([row, *(cell for cells, _ in found for cell in cells[shown]), how])
+        rows.append([row, *(cell for cells, _ in found for cell in cells[shown]),
+                     ", ".join(each) or "–"])
     title = f"**{table}: {part.title}.**"
     if page:
         rows = [row for row in rows if row[-1] != "–"]
-        if all(row[-1] == "quoted" for row in rows):
+        if not rows:
             return f"{title} Not run."
     tested = "Held-out" if any(config.hold_out for config in configs.values()) else "Test"
     return f"{title} {tested} error in %.\n\n{markdown(['', *header, 'how'], rows)}"

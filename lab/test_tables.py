@@ -206,7 +206,7 @@ def test_a_whole_table_in_miniature(number, cli, quick):
     for block in done.out[done.out.index("**Table"):].split("**Table")[2 if number == "1" else 1:]:
         for line in block.splitlines():
             if line.startswith("| ") and "---" not in line and not line.endswith("how |"):
-                assert "seed" in line or "quoted" in line, line
+                assert "seed" in line, line
 
 
 def test_table_1_measures_cost(cli, quick):
@@ -575,7 +575,7 @@ def test_a_difference_is_given_where_data_width_and_epochs_are_the_papers(words,
 
 
 def test_a_page_shows_the_rows_that_were_run_and_of_a_table_without_any_its_command(cli):
-    """Others' rows stand beside ours.  On a terminal every row is shown."""
+    """On a terminal every row is shown."""
     words = "4 --dataset cifar10 --epochs 3"
     nothing, = reported(cli, f"table {words}")
     assert nothing.count("|") == 0 and nothing.count("**Table 4: ") == 1    # ImageNet's keep to it
@@ -584,11 +584,11 @@ def test_a_page_shows_the_rows_that_were_run_and_of_a_table_without_any_its_comm
     published(result(config))
     some, one = reported(cli, f"table {words}", f"table 4/1 {words[2:]}")
     rows = [line.split("|")[1].strip() for line in some.splitlines() if line.startswith("| ")]
-    assert rows[:3] == ["", "---", "EncapNet+"] and "ELU" in rows and len(rows) == 3 + 12
+    assert rows == ["", "---", "EncapNet+"]
     assert one == some                                                 # with its command, too
     assert numbers(some, "EncapNet+")[:2] == ["3.13", "10.00"]
-    both = cli("--table 4 --row EncapNet+ ELU Maxout --dataset cifar10 --epochs 3").out
-    assert numbers(both, "EncapNet++")[:2] == ["3.10", "–"] and "Maxout" in both
+    both = cli("--table 4 --row EncapNet+ --dataset cifar10 --epochs 3").out
+    assert numbers(both, "EncapNet++")[:2] == ["3.10", "–"]
 
 
 def test_every_column_tells_its_own_seeds_and_devices(cli):
@@ -607,12 +607,6 @@ def test_an_error_is_of_the_images_that_its_caption_names():
         table, *flags = words.split()
         for block in tables.render_table(table, train.parse(flags)[1], {}, []):
             assert block.split("\n")[0].endswith(f".** {tested} error in %."), words
-
-
-def test_a_row_that_is_quoted_alone_is_printed_alone(cli):
-    text = cli("--table 4 --row ELU").out
-    assert text.count("\n| ") == 3 and "**Test" not in text
-    assert numbers(text, "ELU") == ["6.55", "–", "–", "24.28", "–", "–", "–", "–", "–", "quoted"]
 
 
 def test_a_row_of_a_study_tells_how_each_column_was_run_or_once_what_all_share(cli):
