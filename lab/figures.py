@@ -1,12 +1,11 @@
 """Drawing: a canvas, names in any script, a file, the picture of a run, Figures 2 and 4."""
-import io
 import math
 import statistics
 import warnings
 
 import torch
 
-from lab.runtime import say, write_file
+from lab.runtime import say
 
 COLOURS = (                # Okabe and Ito's, colour-blind safe
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,12 +36,10 @@ def save_figure(figure, path):
     installed = [name for name in TYPEFACES if name in fontManager.get_font_names()]
     for text in figure.findobj(Text):
         text.set_family(installed)
-    buffer = io.BytesIO()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(buffer, dpi=110, format="png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, buffer.getvalue())
+        figure.savefig(path, dpi=110, format="png")
     say(f"wrote {path}")
 
 

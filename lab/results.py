@@ -52,11 +52,9 @@ def environment(device):
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{device.type.upper()}, {count(torch.get_num_threads(), 'thread')}"
-    file = Path(sys.argv[0])
-    program = ["-m", f"lab.{file.stem}"] if file.parent.name == "lab" else [file.name]
     return {"device": name, "processes": world(), "torch": str(torch.__version__),
             "python": platform.python_version(), "commit": commit,
-            "command": shlex.join(["python", *program, *sys.argv[1:]])}
+            "command": shlex.join(["python", *sys.orig_argv[1:]])}
 
 
 def record(line):
