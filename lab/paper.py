@@ -30,6 +30,7 @@ CIFAR10, MNIST = dict(dataset="cifar10"), dict(dataset="mnist")
 SETS = ("cifar10", "cifar100", "svhn")
 CAPNET = {"CapNet": model_row("capnet-dynamic")}
 LOSSES = {"spread, fix m": "spread-fixed", "spread": "spread", "margin": "margin", "CE loss": "ce"}
+OPTIMIZERS = {name: dict(optimizer=name.lower()) for name in ("RMSProp", "SGD", "Adam")}
 DEEP = dict(feedback=0, coefficients="both", skip="both")    # Table 3's EncapNet without a unit
 TABLES = {
     "1": [Part("six-layer networks", {}, {"cifar10": CIFAR10, "mnist": MNIST}, [
@@ -102,9 +103,7 @@ TABLES = {
         Part("initial routing coefficients", CIFAR10, CAPNET, [
             (b, dict(set=dict(b_init=b)), {"CapNet": error})
             for b, error in (("random", 14.35), ("zero", 14.28), ("learnable", 14.11))]),
-        Part("loss and optimizer", dict(CIFAR10, **model_row("capnet-dynamic")),
-             {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd"),
-              "Adam": dict(optimizer="adam")}, [
+        Part("loss and optimizer", dict(CIFAR10, **model_row("capnet-dynamic")), OPTIMIZERS, [
             (name, dict(loss=LOSSES[name]), dict(RMSProp=rmsprop, SGD=sgd, Adam=adam))
             for name, rmsprop, sgd, adam in (
                 ("spread, fix m", 15.61, 15.38, 14.97), ("spread", 15.02, 14.87, 14.50),
@@ -145,8 +144,7 @@ TABLES |= {
     "losses": [study(
         f"loss and optimizer: CapNet (dynamic), MNIST at 16x16, 6,000 images, 2 epochs, 4 types; "
         f"SGD at a rate of {SGD_RATE:g}, the others at {ROUTING['lr']:g}", LOSS_STUDY,
-        {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd", lr=SGD_RATE),
-         "Adam": dict(optimizer="adam")},
+        {**OPTIMIZERS, "SGD": dict(optimizer="sgd", lr=SGD_RATE)},
         {name: dict(loss=loss) for name, loss in LOSSES.items()}), study(
         "SGD's rate, by the margin loss on every tenth training image",
         dict(LOSS_STUDY, optimizer="sgd", hold_out=True, test_images=0), {"error": {}},
