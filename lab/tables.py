@@ -262,6 +262,8 @@ def report(check, parse):
     parse: words of a command line -> commands, fields of Config given
     """
     results = read_results(own=False)
+    if not README.exists():
+        raise Problem(f"no {README} here")
     for page in (README, *PUBLISHED.glob("README.md")):
         before = page.read_text()
         after = re.sub(r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->",
