@@ -129,19 +129,15 @@ def bench_step(config, seconds=3.0):
     record({"bench": line})
 
 
-def network_step(device, batch, compile=False, **changes):
-    """A training step of EncapNet v1, channels-last, on a GPU in bfloat16."""
-    step, _ = training_step(make_config(
-        dataset="cifar10", model="encapnet", set=changes, batch_size=batch, device=str(device),
-        channels_last=True, compile=compile, amp=device.type == "cuda"), device)
-    return step
-
-
-def network_steps(device, **changes):
-    """{form: a training step}: eager, compiled, with feedback units."""
-    step = partial(network_step, device, **changes)
-    return {"without feedback": step(feedback=0), "--compile": step(feedback=0, compile=True),
-            "1 unit per module": step(feedback=1), "2 units per module": step(feedback=2)}
+def network_steps(device, batch, **changes):
+    """{form: a training step} of EncapNet v1, channels-last, on a GPU in bfloat16."""
+    def step(feedback, compile=False):
+        return training_step(make_config(
+            dataset="cifar10", model="encapnet", set=dict(changes, feedback=feedback),
+            batch_size=batch, device=str(device), channels_last=True, compile=compile,
+            amp=device.type == "cuda"), device)[0]
+    return {"without feedback": step(0), "--compile": step(0, compile=True),
+            "1 unit per module": step(1), "2 units per module": step(2)}
 
 
 def bench_network(device):
@@ -149,7 +145,7 @@ def bench_network(device):
     batch = 128 if device.type == "cuda" else 64
     for types in (8, 32):
         compare(f"encapnet, {types} types, batch {batch}",
-                network_steps(device, types=types, batch=batch), device)
+                network_steps(device, batch, types=types), device)
 
 
 # ---- Routing -------------------------------------------------------------------------------------

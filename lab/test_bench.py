@@ -204,15 +204,16 @@ def test_the_layer_of_the_bench_of_routing_is_table_1s():
 def test_the_bench_of_the_network_names_what_it_changes(at_once, monkeypatch):
     """Of 8 and of 32 types, 64 images: each form beside the one without feedback."""
     built = []
-    monkeypatch.setattr(bench, "network_step", lambda device, **asked: lambda: built.append(asked))
+    monkeypatch.setattr(bench, "training_step", lambda config, device: (
+        lambda: built.append((config.set, config.compile, config.batch_size)), None))
     bench.bench_network(CPU)
     lines = speed_lines()
-    changes = {"--compile": dict(feedback=0, compile=True),
-               "1 unit per module": dict(feedback=1), "2 units per module": dict(feedback=2)}
+    changes = {"--compile": (0, True), "1 unit per module": (1, False),
+               "2 units per module": (2, False)}
     assert [(line["what"], line["instead"]) for line in lines] == [
         (f"encapnet, {types} types, batch 64", form) for types in (8, 32) for form in changes]
-    expected = [{"types": types, "batch": 64, **asked} for types in (8, 32)
-                for asked in (dict(feedback=0), *changes.values())]
+    expected = [({"types": types, "feedback": units}, compiled, 64) for types in (8, 32)
+                for units, compiled in ((0, False), *changes.values())]
     assert built[::2] == built[1::2] == expected          # to be timed, to be weighed
     assert [line["ours_seconds"] for line in lines] == 3 * [100] + 3 * [500]
 
