@@ -17,12 +17,12 @@ from functools import partial
 import torch
 
 import encapnet
-from encapnet import RoutedCapsules, squash
+from encapnet import RoutedCapsules
 from lab.config import Parser, make_config
 from lab.data import Data, Split
 from lab.fit import build_run, start, train_step
 from lab.results import as_json, environment, record
-from lab.runtime import guarded, rank, say, world
+from lab.runtime import guarded, say, world
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own lines on stderr
 
@@ -85,11 +85,11 @@ def training_step(config, device):
     return partial(train_step, run, split.images, split.labels, draws), run.net
 
 
-COST = ("model", "set", "image_size", "amp", "compile", "channels_last")     # and batch, device
+COST = ("model", "set", "image_size", "amp", "compile", "channels_last", "batch_size")
 
 
 def costs_of(config, lines):
-    """Those of bench_step's lines that have these settings, with any batch and device."""
+    """Those of bench_step's lines that have these settings, on any device."""
     return [line for line in lines if as_json(config, COST).items() <= line.items()]
 
 
@@ -117,33 +117,27 @@ def bench_step(config, seconds=3.0):
         return step, net, step()
     (step, net, _), peak = peak_memory(begin, device)
     whole, parts = median_seconds(step, seconds), seconds_of_parts(step, seconds)
-    line = {**as_json(config, COST), "batch": config.batch_size,
-            "parameters": sum(p.numel() for p in net.parameters()), "train_step_seconds": whole,
-            "images_per_second": config.batch_size / whole, "memory_MB": peak / 1e6,
-            "device": environment(device)["device"], **parts,
+    line = {**as_json(config, COST), "parameters": sum(p.numel() for p in net.parameters()),
+            "train_step_seconds": whole, "images_per_second": config.batch_size / whole,
+            "memory_MB": peak / 1e6, "device": environment(device)["device"], **parts,
             "step_seconds": parts["forward_seconds"] + parts["backward_seconds"]}
     split = ", ".join(f"{part.split('_')[0]} {1e3 * time:.1f}" for part, time in parts.items())
     say(f"{config.model}, {line['parameters']:,} parameters, batch {config.batch_size}, "
         f"{config.image_size}x{config.image_size}, {line['device']}: "
         f"{line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms ({split}), "
         f"peak memory of its tensors {peak / 1e6:,.0f} MB")
-    if rank() == 0:
-        record({"bench": line})
+    record({"bench": line})
 
 
-def network_step(device, batch, compile=False, **changes):
-    """A training step of EncapNet v1, channels-last, on a GPU in bfloat16."""
-    step, _ = training_step(make_config(
-        dataset="cifar10", model="encapnet", set=changes, batch_size=batch, device=str(device),
-        channels_last=True, compile=compile, amp=device.type == "cuda"), device)
-    return step
-
-
-def network_steps(device, **changes):
-    """{form: a training step}: eager, compiled, with feedback units."""
-    step = partial(network_step, device, **changes)
-    return {"without feedback": step(feedback=0), "--compile": step(feedback=0, compile=True),
-            "1 unit per module": step(feedback=1), "2 units per module": step(feedback=2)}
+def network_steps(device, batch, **changes):
+    """{form: a training step} of EncapNet v1, channels-last, on a GPU in bfloat16."""
+    def step(feedback, compile=False):
+        return training_step(make_config(
+            dataset="cifar10", model="encapnet", set=dict(changes, feedback=feedback),
+            batch_size=batch, device=str(device), channels_last=True, compile=compile,
+            amp=device.type == "cuda"), device)[0]
+    return {"without feedback": step(0), "--compile": step(0, compile=True),
+            "1 unit per module": step(1), "2 units per module": step(2)}
 
 
 def bench_network(device):
@@ -151,62 +145,36 @@ def bench_network(device):
     batch = 128 if device.type == "cuda" else 64
     for types in (8, 32):
         compare(f"encapnet, {types} types, batch {batch}",
-                network_steps(device, types=types, batch=batch), device)
+                network_steps(device, batch, types=types), device)
 
 
 # ---- Routing -------------------------------------------------------------------------------------
 
 TABLE_1 = dict(types=32, positions=64, in_dim=8, out=2048, out_dim=16, iterations=3)
-DIGITCAPS = dict(types=1152, positions=1, in_dim=8, out=10, out_dim=16, iterations=3)  # Sabour's
-
-LAYERS = [    # what, routing, shape, the other form, batches
-    ("dynamic routing", "dynamic", TABLE_1, "votes", (1, 4, 128)),
-    ("em routing", "em", TABLE_1, "votes", (1, 4, 128)),
-    ("DigitCaps 1152x8 -> 10x16", "dynamic", DIGITCAPS, "textbook code", (1, 16, 64))]
 
 
-def textbook_routing(u, W, iterations=3):
-    """Dynamic routing as it is commonly written: broadcast products, then sums.
-
-    u: (B, i, c);  W: (i, j, d, c) -> v (B, j, d)
-    """
-    votes = (W[None] @ u[:, :, None, :, None]).squeeze(-1)               # (B, i, j, d)
-    b = votes.new_zeros(votes.shape[:3])
-    for r in range(iterations):
-        v = squash((b.softmax(2)[..., None] * votes).sum(1))
-        if r < iterations - 1:
-            b = b + (votes * v[:, None]).sum(-1)
-    return v
-
-
-def routing_step(routing, form, batch, shape, device):
-    """Forward and backward of a routed layer.   form: "factored", "votes", "textbook code" """
+def routing_step(routing, factored, batch, device, shape=TABLE_1):
+    """Forward and backward of a routed layer, without votes (factored) or with."""
     types, positions, in_dim, out, out_dim, iterations = shape.values()
     layer = RoutedCapsules(types, in_dim, out, out_dim, routing, iterations,
-                           softmax="out" if positions == 1 else "in",
-                           factored=form == "factored").to(device)
+                           factored=factored).to(device)
     u = torch.randn(batch, types, positions, in_dim).relu().to(device).requires_grad_()
     a = torch.rand(batch, types * positions).to(device)
     g = torch.randn(batch, out, out_dim).to(device)
-    W = layer.weight.detach().permute(0, 2, 3, 1).contiguous().requires_grad_()
 
     def step():
-        if form == "textbook code":
-            v = textbook_routing(u[:, :, 0], W, iterations)
-        else:
-            v = layer(u, a)[0] if routing == "em" else layer(u)
+        v = layer(u, a)[0] if routing == "em" else layer(u)
         (v * g).sum().backward()
     return step
 
 
-def bench_routing(device, layers=LAYERS):
-    """The layer of Table 1 without votes and with; Sabour's DigitCaps against textbook code."""
-    for what, routing, shape, other, batches in layers:
-        for n in batches:
-            step = partial(routing_step, routing, batch=n, shape=shape, device=device)
-            both = n < 128                                # votes of 128 would take hundreds of GB
-            compare(f"{what}, batch {n}", {"ours": step(form="factored"),
-                                           other: step(form=other) if both else None}, device)
+def bench_routing(device, shape=TABLE_1):
+    """The layer of Table 1 without votes and with; votes of 128 would take hundreds of GB."""
+    for routing in ("dynamic", "em"):
+        for n in (1, 4, 128):
+            step = partial(routing_step, routing, batch=n, device=device, shape=shape)
+            compare(f"{routing} routing, batch {n}",
+                    {"ours": step(True), "votes": step(False) if n < 128 else None}, device)
 
 
 # ---- Optimal transport ---------------------------------------------------------------------------
@@ -216,18 +184,7 @@ OURS = partial(encapnet.sinkhorn_divergence, eps=EPS, iterations=ITERATIONS)
 
 
 def with_pot(x, y):
-    """Eq. (11) by ot.sinkhorn, a problem at a time, plan detached."""
-    import ot
-
-    def W(x, y):
-        Q = encapnet.cosine_cost(x, y)
-        plan = ot.sinkhorn([], [], Q.detach(), EPS, numItermax=ITERATIONS, stopThr=0, warn=False)
-        return (Q * plan).sum()
-    return 2 * W(x, y) - W(x, x) - W(y, y)
-
-
-def with_pot_batch(x, y):
-    """Eq. (11) by the fastest of POT's batch solvers, its three problems at once."""
+    """Eq. (11) by the fastest of POT's solvers, its three problems at once, plan detached."""
     from ot.batch import bregman_projection_batch
     Q = torch.stack([encapnet.cosine_cost(*pair) for pair in ((x, y), (x, x), (y, y))])
     marginals = [torch.full(Q.shape[:-1], 1 / n).to(Q) for n in Q.shape[1:]]
@@ -239,7 +196,7 @@ def with_pot_batch(x, y):
 
 def divergences():
     """{name: function (x, y) -> divergence} of what is installed, ours first."""
-    found = {"ours": OURS, "ot.sinkhorn": with_pot, "POT batch, projection": with_pot_batch}
+    found = {"ours": OURS, "POT batch, projection": with_pot}
     try:
         from geomloss import SamplesLoss
         loss = SamplesLoss("sinkhorn", p=1, blur=EPS, diameter=2, backend="tensorized",

@@ -18,16 +18,8 @@ CPU = torch.device("cpu")
 TINY = dict(types=2, positions=16, in_dim=8, out=16, out_dim=16, iterations=3)
 
 
-def test_textbook_routing_is_the_same_function():
-    layer = encapnet.RoutedCapsules(30, 8, 5, 16, softmax="out").double()
-    u = torch.randn(2, 30, 1, 8, dtype=torch.float64)
-    W = layer.weight.permute(0, 2, 3, 1)
-    torch.testing.assert_close(bench.textbook_routing(u[:, :, 0], W), layer(u))
-
-
 @pytest.mark.parametrize("name, skipped, error", [     # 10 iterations in another order
-    ("ot.sinkhorn", 0, 0.1), ("POT batch, projection", 0, 0.1),
-    ("geomloss", 1, 0.3)])                                 # it adds an entropy, anneals
+    ("POT batch, projection", 0, 0.1), ("geomloss", 1, 0.3)])         # it adds an entropy, anneals
 def test_peers_compute_the_same_divergence_and_gradient(name, skipped, error):
     peers = bench.divergences()
     if name not in peers:
@@ -96,7 +88,7 @@ def test_a_bench_line_is_of_one_step_and_in_the_units_it_names(monkeypatch, tmp_
     assert line.pop("device").startswith("CPU, ")
     net = encapnet.build("cnn-same", width=0.1)
     assert line == {"model": "cnn-same", "set": {"width": 0.1}, "image_size": 32, "amp": False,
-                    "compile": False, "channels_last": False, "batch": 6, "memory_MB": 3,
+                    "compile": False, "channels_last": False, "batch_size": 6, "memory_MB": 3,
                     "parameters": sum(p.numel() for p in net.parameters()),
                     "train_step_seconds": 0.25, "images_per_second": 24,
                     "step_seconds": pytest.approx(0.21)}
@@ -136,13 +128,11 @@ def counted(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize("form, built, textbook", [("factored", 0, 0), ("votes", 1, 0),
-                                                   ("textbook code", 0, 1)])
-def test_forms_of_routing_are_what_they_are_called(form, built, textbook, counted):
+@pytest.mark.parametrize("factored, built", [(True, 0), (False, 1)])
+def test_forms_of_routing_are_what_they_are_called(factored, built, counted):
     votes = counted(encapnet.RoutedCapsules, "votes")
-    loops = counted(bench, "textbook_routing")
-    bench.routing_step("dynamic", form, 2, TINY, CPU)()
-    assert (len(votes), len(loops)) == (built, textbook)
+    bench.routing_step("dynamic", factored, 2, CPU, TINY)()
+    assert len(votes) == built
 
 
 SMALL = dict(types=2, depths=(1, 1), dims=(1, 2, 2))
@@ -193,13 +183,14 @@ def speed_lines():
 
 
 def test_routing_in_miniature(at_once):
-    """Every batch of every form beside its peer's; of 128 images there are no votes."""
-    bench.bench_routing(CPU, [("layer", "em", {**TINY, "positions": 1}, "votes", (1, 127, 128))])
+    """Every batch of both routings beside its votes; of 128 images there are none."""
+    bench.bench_routing(CPU, TINY)
     lines = speed_lines()
-    assert [line["what"] for line in lines] == [f"layer, batch {n}" for n in (1, 127, 128)]
-    assert [line["ours_seconds"] for line in lines] == [100, 300, 500]
-    assert [line["seconds"] for line in lines] == [200, 400, None]
-    assert lines[1]["MB"] > 127 * 2 * 16 * 16 * 4 / 1e6 and lines[2]["MB"] is None
+    assert [line["what"] for line in lines] == [
+        f"{routing} routing, batch {n}" for routing in ("dynamic", "em") for n in (1, 4, 128)]
+    assert [line["ours_seconds"] for line in lines] == [100, 300, 500, 600, 800, 1000]
+    assert [line["seconds"] for line in lines] == [200, 400, None, 700, 900, None]
+    assert lines[4]["MB"] > 4 * 32 * 16 * 16 * 4 / 1e6 and lines[2]["MB"] is None
 
 
 def test_the_layer_of_the_bench_of_routing_is_table_1s():
@@ -213,15 +204,16 @@ def test_the_layer_of_the_bench_of_routing_is_table_1s():
 def test_the_bench_of_the_network_names_what_it_changes(at_once, monkeypatch):
     """Of 8 and of 32 types, 64 images: each form beside the one without feedback."""
     built = []
-    monkeypatch.setattr(bench, "network_step", lambda device, **asked: lambda: built.append(asked))
+    monkeypatch.setattr(bench, "training_step", lambda config, device: (
+        lambda: built.append((config.set, config.compile, config.batch_size)), None))
     bench.bench_network(CPU)
     lines = speed_lines()
-    changes = {"--compile": dict(feedback=0, compile=True),
-               "1 unit per module": dict(feedback=1), "2 units per module": dict(feedback=2)}
+    changes = {"--compile": (0, True), "1 unit per module": (1, False),
+               "2 units per module": (2, False)}
     assert [(line["what"], line["instead"]) for line in lines] == [
         (f"encapnet, {types} types, batch 64", form) for types in (8, 32) for form in changes]
-    expected = [{"types": types, "batch": 64, **asked} for types in (8, 32)
-                for asked in (dict(feedback=0), *changes.values())]
+    expected = [({"types": types, "feedback": units}, compiled, 64) for types in (8, 32)
+                for units, compiled in ((0, False), *changes.values())]
     assert built[::2] == built[1::2] == expected          # to be timed, to be weighed
     assert [line["ours_seconds"] for line in lines] == 3 * [100] + 3 * [500]
 
@@ -248,45 +240,37 @@ def test_help_and_errors_of_bench_speak_to_its_user(capsys):
 ROUTING = [("dynamic", 1, 4, 5), ("dynamic", 4, 10, 25), ("em", 1, 2, 12), ("em", 4, 5, 50)]
 
 
-def routing_costs(routing, forms, batch, shape):
-    steps = [bench.routing_step(routing, form, batch, shape, CPU) for form in forms]
+def routing_costs(routing, batch, *forms):
+    steps = [bench.routing_step(routing, factored, batch, CPU) for factored in forms]
     return [(bench.median_seconds(step), bench.peak_memory(step, CPU)[1] / 1e6) for step in steps]
 
 
-def test_costs_of_a_network_are_those_of_its_settings_with_any_batch_and_device():
+def test_costs_of_a_network_are_those_of_its_settings_on_any_device():
     config = make_config(dataset="cifar10", set={"depths": (1, 1, 1, 1)}, batch_size=64)
     line = {"model": "encapnet", "set": {"depths": [1, 1, 1, 1]}, "image_size": 32, "amp": False,
-            "compile": False, "channels_last": False, "batch": 8, "device": "a card"}
+            "compile": False, "channels_last": False, "batch_size": 64, "device": "a card"}
     others = [{**line, **change} for change in (
         {"set": {}}, {"model": "resnet18"}, {"image_size": 16}, {"amp": True}, {"compile": True},
-        {"channels_last": True})]
-    same = [line, {**line, "batch": 64}]
+        {"channels_last": True}, {"batch_size": 8})]
+    same = [line, {**line, "device": "another"}]
     assert bench.costs_of(config, [*same, *others, {"model": "encapnet"}]) == same
 
 
 @pytest.mark.speed
 @pytest.mark.parametrize("routing, batch, faster, leaner", ROUTING)
 def test_speed_of_routing_without_votes(routing, batch, faster, leaner):
-    ours, votes = routing_costs(routing, ("factored", "votes"), batch, bench.TABLE_1)
+    ours, votes = routing_costs(routing, batch, True, False)
     assert votes[0] > faster * ours[0] and votes[1] > leaner * ours[1]
 
 
 @pytest.mark.speed
 @pytest.mark.parametrize("routing, limit", [("dynamic", 500), ("em", 1500)])
 def test_memory_at_batch_128(routing, limit):
-    assert routing_costs(routing, ["factored"], 128, bench.TABLE_1)[0][1] < limit
+    assert routing_costs(routing, 128, True)[0][1] < limit
 
 
 @pytest.mark.speed
-@pytest.mark.parametrize("batch, faster", [(1, 0.95), (16, 1.5), (64, 1.5)])
-def test_speed_of_digitcaps(batch, faster):
-    ours, plain = routing_costs("dynamic", ("factored", "textbook code"), batch, bench.DIGITCAPS)
-    assert plain[0] > faster * ours[0]
-
-
-@pytest.mark.speed
-@pytest.mark.parametrize("name, faster", [("ot.sinkhorn", 2.5), ("geomloss", 3),
-                                          ("POT batch, projection", 1.3)])
+@pytest.mark.parametrize("name, faster", [("geomloss", 3), ("POT batch, projection", 1.3)])
 def test_speed_of_the_divergence(name, faster):
     if name not in bench.divergences():
         pytest.skip("geomloss is not installed")
