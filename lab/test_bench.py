@@ -19,7 +19,8 @@ TINY = dict(types=2, positions=16, in_dim=8, out=16, out_dim=16, iterations=3)
 
 
 @pytest.mark.parametrize("name, skipped, error", [     # 10 iterations in another order
-    ("POT batch, projection", 0, 0.1), ("geomloss", 1, 0.3)])         # it adds an entropy, anneals
+    ("ot.sinkhorn", 0, 0.1), ("POT batch, projection", 0, 0.1),
+    ("geomloss", 1, 0.3)])                                 # it adds an entropy, anneals
 def test_peers_compute_the_same_divergence_and_gradient(name, skipped, error):
     peers = bench.divergences()
     if name not in peers:
@@ -270,7 +271,8 @@ def test_memory_at_batch_128(routing, limit):
 
 
 @pytest.mark.speed
-@pytest.mark.parametrize("name, faster", [("geomloss", 3), ("POT batch, projection", 1.3)])
+@pytest.mark.parametrize("name, faster", [("ot.sinkhorn", 2.5), ("geomloss", 3),
+                                          ("POT batch, projection", 1.3)])
 def test_speed_of_the_divergence(name, faster):
     if name not in bench.divergences():
         pytest.skip("geomloss is not installed")
