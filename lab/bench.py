@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 import encapnet
-from encapnet import RoutedCapsules
+from encapnet import RoutedCapsules, squash
 from lab.config import Parser, make_config
 from lab.data import Data, Split
 from lab.fit import build_run, start, train_step
@@ -151,30 +151,56 @@ def bench_network(device):
 # ---- Routing -------------------------------------------------------------------------------------
 
 TABLE_1 = dict(types=32, positions=64, in_dim=8, out=2048, out_dim=16, iterations=3)
+DIGITCAPS = dict(types=1152, positions=1, in_dim=8, out=10, out_dim=16, iterations=3)  # Sabour's
+
+LAYERS = [    # what, routing, shape, the other form, batches
+    ("dynamic routing", "dynamic", TABLE_1, "votes", (1, 4, 128)),
+    ("em routing", "em", TABLE_1, "votes", (1, 4, 128)),
+    ("DigitCaps 1152x8 -> 10x16", "dynamic", DIGITCAPS, "textbook code", (1, 16, 64))]
 
 
-def routing_step(routing, factored, batch, device, shape=TABLE_1):
-    """Forward and backward of a routed layer, without votes (factored) or with."""
+def textbook_routing(u, W, iterations=3):
+    """Dynamic routing as it is commonly written: broadcast products, then sums.
+
+    u: (B, i, c);  W: (i, j, d, c) -> v (B, j, d)
+    """
+    votes = (W[None] @ u[:, :, None, :, None]).squeeze(-1)               # (B, i, j, d)
+    b = votes.new_zeros(votes.shape[:3])
+    for r in range(iterations):
+        v = squash((b.softmax(2)[..., None] * votes).sum(1))
+        if r < iterations - 1:
+            b = b + (votes * v[:, None]).sum(-1)
+    return v
+
+
+def routing_step(routing, form, batch, shape, device):
+    """Forward and backward of a routed layer.   form: "factored", "votes", "textbook code" """
     types, positions, in_dim, out, out_dim, iterations = shape.values()
     layer = RoutedCapsules(types, in_dim, out, out_dim, routing, iterations,
-                           factored=factored).to(device)
+                           softmax="out" if positions == 1 else "in",
+                           factored=form == "factored").to(device)
     u = torch.randn(batch, types, positions, in_dim).relu().to(device).requires_grad_()
     a = torch.rand(batch, types * positions).to(device)
     g = torch.randn(batch, out, out_dim).to(device)
+    W = layer.weight.detach().permute(0, 2, 3, 1).contiguous().requires_grad_()
 
     def step():
-        v = layer(u, a)[0] if routing == "em" else layer(u)
+        if form == "textbook code":
+            v = textbook_routing(u[:, :, 0], W, iterations)
+        else:
+            v = layer(u, a)[0] if routing == "em" else layer(u)
         (v * g).sum().backward()
     return step
 
 
-def bench_routing(device, shape=TABLE_1):
-    """The layer of Table 1 without votes and with; votes of 128 would take hundreds of GB."""
-    for routing in ("dynamic", "em"):
-        for n in (1, 4, 128):
-            step = partial(routing_step, routing, batch=n, device=device, shape=shape)
-            compare(f"{routing} routing, batch {n}",
-                    {"ours": step(True), "votes": step(False) if n < 128 else None}, device)
+def bench_routing(device, layers=LAYERS):
+    """The layer of Table 1 without votes and with; Sabour's DigitCaps against textbook code."""
+    for what, routing, shape, other, batches in layers:
+        for n in batches:
+            step = partial(routing_step, routing, batch=n, shape=shape, device=device)
+            both = n < 128                                # votes of 128 would take hundreds of GB
+            compare(f"{what}, batch {n}", {"ours": step(form="factored"),
+                                           other: step(form=other) if both else None}, device)
 
 
 # ---- Optimal transport ---------------------------------------------------------------------------

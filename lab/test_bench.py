@@ -18,6 +18,13 @@ CPU = torch.device("cpu")
 TINY = dict(types=2, positions=16, in_dim=8, out=16, out_dim=16, iterations=3)
 
 
+def test_textbook_routing_is_the_same_function():
+    layer = encapnet.RoutedCapsules(30, 8, 5, 16, softmax="out").double()
+    u = torch.randn(2, 30, 1, 8, dtype=torch.float64)
+    W = layer.weight.permute(0, 2, 3, 1)
+    torch.testing.assert_close(bench.textbook_routing(u[:, :, 0], W), layer(u))
+
+
 @pytest.mark.parametrize("name, skipped, error", [     # 10 iterations in another order
     ("ot.sinkhorn", 0, 0.1), ("POT batch, projection", 0, 0.1),
     ("geomloss", 1, 0.3)])                                 # it adds an entropy, anneals
@@ -129,11 +136,13 @@ def counted(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize("factored, built", [(True, 0), (False, 1)])
-def test_forms_of_routing_are_what_they_are_called(factored, built, counted):
+@pytest.mark.parametrize("form, built, textbook", [("factored", 0, 0), ("votes", 1, 0),
+                                                   ("textbook code", 0, 1)])
+def test_forms_of_routing_are_what_they_are_called(form, built, textbook, counted):
     votes = counted(encapnet.RoutedCapsules, "votes")
-    bench.routing_step("dynamic", factored, 2, CPU, TINY)()
-    assert len(votes) == built
+    loops = counted(bench, "textbook_routing")
+    bench.routing_step("dynamic", form, 2, TINY, CPU)()
+    assert (len(votes), len(loops)) == (built, textbook)
 
 
 SMALL = dict(types=2, depths=(1, 1), dims=(1, 2, 2))
@@ -184,14 +193,13 @@ def speed_lines():
 
 
 def test_routing_in_miniature(at_once):
-    """Every batch of both routings beside its votes; of 128 images there are none."""
-    bench.bench_routing(CPU, TINY)
+    """Every batch of every form beside its peer's; of 128 images there are no votes."""
+    bench.bench_routing(CPU, [("layer", "em", {**TINY, "positions": 1}, "votes", (1, 127, 128))])
     lines = speed_lines()
-    assert [line["what"] for line in lines] == [
-        f"{routing} routing, batch {n}" for routing in ("dynamic", "em") for n in (1, 4, 128)]
-    assert [line["ours_seconds"] for line in lines] == [100, 300, 500, 600, 800, 1000]
-    assert [line["seconds"] for line in lines] == [200, 400, None, 700, 900, None]
-    assert lines[4]["MB"] > 4 * 32 * 16 * 16 * 4 / 1e6 and lines[2]["MB"] is None
+    assert [line["what"] for line in lines] == [f"layer, batch {n}" for n in (1, 127, 128)]
+    assert [line["ours_seconds"] for line in lines] == [100, 300, 500]
+    assert [line["seconds"] for line in lines] == [200, 400, None]
+    assert lines[1]["MB"] > 127 * 2 * 16 * 16 * 4 / 1e6 and lines[2]["MB"] is None
 
 
 def test_the_layer_of_the_bench_of_routing_is_table_1s():
@@ -241,8 +249,8 @@ def test_help_and_errors_of_bench_speak_to_its_user(capsys):
 ROUTING = [("dynamic", 1, 4, 5), ("dynamic", 4, 10, 25), ("em", 1, 2, 12), ("em", 4, 5, 50)]
 
 
-def routing_costs(routing, batch, *forms):
-    steps = [bench.routing_step(routing, factored, batch, CPU) for factored in forms]
+def routing_costs(routing, forms, batch, shape):
+    steps = [bench.routing_step(routing, form, batch, shape, CPU) for form in forms]
     return [(bench.median_seconds(step), bench.peak_memory(step, CPU)[1] / 1e6) for step in steps]
 
 
@@ -260,14 +268,21 @@ def test_costs_of_a_network_are_those_of_its_settings_on_any_device():
 @pytest.mark.speed
 @pytest.mark.parametrize("routing, batch, faster, leaner", ROUTING)
 def test_speed_of_routing_without_votes(routing, batch, faster, leaner):
-    ours, votes = routing_costs(routing, batch, True, False)
+    ours, votes = routing_costs(routing, ("factored", "votes"), batch, bench.TABLE_1)
     assert votes[0] > faster * ours[0] and votes[1] > leaner * ours[1]
 
 
 @pytest.mark.speed
 @pytest.mark.parametrize("routing, limit", [("dynamic", 500), ("em", 1500)])
 def test_memory_at_batch_128(routing, limit):
-    assert routing_costs(routing, 128, True)[0][1] < limit
+    assert routing_costs(routing, ["factored"], 128, bench.TABLE_1)[0][1] < limit
+
+
+@pytest.mark.speed
+@pytest.mark.parametrize("batch, faster", [(1, 0.95), (16, 1.5), (64, 1.5)])
+def test_speed_of_digitcaps(batch, faster):
+    ours, plain = routing_costs("dynamic", ("factored", "textbook code"), batch, bench.DIGITCAPS)
+    assert plain[0] > faster * ours[0]
 
 
 @pytest.mark.speed
