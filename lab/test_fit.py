@@ -811,7 +811,6 @@ LEARNS = [   # model, its keywords, data and training, the test error in % that 
     ("encapnet6", SIX, DIGITS, 50),
     ("encapnet6-master", SIX, DIGITS, 58),
     ("capnet-dynamic", SIX, MNIST, 20),
-    ("capnet-dynamic", dict(SIX, fifth_conv=True), MNIST, 12),
     ("capnet-em", SIX, MNIST, 15),
     ("cnn-same", dict(width=.25), DIGITS, 65),
     ("cnn-similar", dict(width=.5), DIGITS, 45),
