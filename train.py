@@ -143,10 +143,9 @@ def check_commands(commands, given):
     for flag, needed in (("check", "report"), ("row", "table"), ("seeds", "table")):
         if flag in commands and needed not in commands:
             raise Problem(f"--{flag}: of use with --{needed} alone")
-    idle = {"model", "resume", "output_dir"} & set(given)
-    if idle and ("table" in commands or "figure" in commands):
-        told = ", ".join(sorted("--" + name.replace("_", "-") for name in idle))
-        raise Problem(f"{told}: --table and --figure choose models and folders by themselves")
+    for name in ("model", "resume", "output_dir"):
+        if name in given and {"table", "figure"} & set(commands):
+            raise Problem(f"--{name.replace('_', '-')}: --table and --figure choose it themselves")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):

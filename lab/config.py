@@ -72,10 +72,7 @@ def option(default, group, help, *, free=False, **flag):
 data_option = functools.partial(option, group="images [Sec. 5; App. C]")
 model_option = functools.partial(option, group="network and loss [Secs. 3, 5; App. A, B]")
 train_option = functools.partial(option, group="training [Sec. 5]")
-run_option = functools.partial(option, free=True,
-                               group="this run: where, how fast, how often saved")
-AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-crop test",
-           "++": "also flip (not digits), colour jitter 0.2, schedule x 1.5"}
+run_option = functools.partial(option, free=True, group="this run: where, how fast")
 
 
 @dataclasses.dataclass
@@ -88,8 +85,8 @@ class Config:
     test_images: int = data_option(0, help="the same for the test", metavar="N")
     resample: bool = data_option(False, help="with --train-images: others for every seed")
     hold_out: bool = data_option(False, help="test every tenth training image, to choose settings")
-    augment: str = data_option("none", choices=AUGMENT,
-                               help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
+    augment: str = data_option("none", choices=("none", "+", "++"), help="+: random crops, many "
+                               "at the test; ++: also flip (not digits), jitter, schedule x 1.5")
     flip: bool = data_option(False, help="mirror training images (folder, ++: yes; digits: no)")
     class_list: str = data_option("", help="h-imagenet: a file of other classes")
     unreadable: str = data_option("stop", help="images that cannot be read; trust: do not look "
@@ -105,8 +102,8 @@ class Config:
                              choices=("margin", "spread", "spread-fixed", "ce"))
     lam: float = model_option(10.0, help="weight of the feedback divergence")
     recipe: str = train_option("default", choices=("default", "paper", "fast"),
-                               help="default: the paper's, or of digits and folder one of minutes; "
-                               "fast: of an evening")
+                               help="default: the paper's, or of minutes (digits, folder); fast: "
+                               "of an evening")
     optimizer: str = train_option("adam", help="[Table 5]", choices=("adam", "rmsprop", "sgd"))
     lr: float = train_option(1e-4, help="learning rate")
     weight_decay: float = train_option(5e-4, help="L2 penalty")

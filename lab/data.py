@@ -37,11 +37,8 @@ class Split:
         loader = torch.utils.data.DataLoader(
             self.images, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
             pin_memory=device.type == "cuda", generator=torch.Generator())
-        try:
-            for images, index in zip(loader, chunks, strict=True):
-                yield images.to(device, non_blocking=True), self.labels[index], index
-        except Problem as error:                          # comes with the worker's traceback
-            raise Problem(reason(error).removeprefix("lab.runtime.Problem: "), 1) from None
+        for images, index in zip(loader, chunks, strict=True):
+            yield images.to(device, non_blocking=True), self.labels[index], index
 
 
 @dataclasses.dataclass

@@ -84,7 +84,7 @@ class Files(Dataset):
         try:
             return decode(path, self.side, box)
         except Exception as error:
-            raise Problem(f"cannot read {path}: {reason(error)}", 1) from error
+            raise OSError(f"cannot read {path}: {reason(error)}") from error
 
 
 def split_folder(root, split):
@@ -130,13 +130,13 @@ def read_images(files, folder, unreadable):
         try:
             pixels = files[k]
             return pixels if fits else None
-        except Problem as problem:
-            return problem
+        except OSError as error:
+            return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(read, range(len(files))))
-    bad = [str(x).removeprefix("cannot read ") for x in found if isinstance(x, Problem)]
-    keep = [k for k, x in enumerate(found) if not isinstance(x, Problem)]
+    bad = [str(x).removeprefix("cannot read ") for x in found if isinstance(x, OSError)]
+    keep = [k for k, x in enumerate(found) if not isinstance(x, OSError)]
     if bad:
         report = f"{len(bad)} of {n} cannot be read: {'; '.join(bad[:3])}"
         if unreadable != "skip" or not keep:
@@ -181,23 +181,6 @@ def load_classes(config, held, classes, boxes):
 
 # ---- h-ImageNet   [Sec. 5] -----------------------------------------------------------------------
 
-def hard_classes(config, root):
-    """Of the classes of --class-list, else of the authors' 200, those that there are.
-
-    On the 200 a ResNet-18's top-1 error is highest; hardest first.  The list is the file
-    data/imagenet/top1_hardest_200_cls.txt of github.com/hli2020/nn_encapsulation, commit 2898d2f.
-    """
-    file = Path(config.class_list or Path(__file__).with_name("h-imagenet-classes.txt"))
-    classes, folder = file.read_text().split(), split_folder(root, "train")
-    found = [name for name in classes if (folder / name).is_dir()]
-    if not found:
-        raise Problem(f"{folder} has none of the {len(classes)} classes of {file}; name "
-                      "others with --class-list FILE")
-    if len(found) < len(classes):
-        say(f"{folder}: {len(found)} of the {len(classes)} classes of {file}")
-    return found
-
-
 def annotated_boxes(root, padding=0.1, smallest=50):
     """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's annotations.
 
@@ -224,7 +207,10 @@ def annotated_boxes(root, padding=0.1, smallest=50):
 def load_h_imagenet(config, held):
     """255,725 + 17,101 images in the paper: hard classes, objects cut out by their boxes. [Sec. 5]
 
+    The 200 classes are those on which a ResNet-18's top-1 error is highest, hardest first: the file
+    data/imagenet/top1_hardest_200_cls.txt of github.com/hli2020/nn_encapsulation, commit 2898d2f.
     An image without annotations is taken whole; one whose boxes are all small is left out.
     """
-    root = Path(config.data_path)
-    return load_classes(config, held, hard_classes(config, root), annotated_boxes(root))
+    file = Path(config.class_list or Path(__file__).with_name("h-imagenet-classes.txt"))
+    return load_classes(config, held, file.read_text().split(),
+                        annotated_boxes(Path(config.data_path)))

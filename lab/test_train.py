@@ -18,7 +18,7 @@ import encapnet
 import train
 from conftest import FOLDER, HERE, NARROW, Done, assert_one_line, kill_at, run, state_of
 from lab import bench, fit, runtime
-from lab.config import AUGMENT, DATASETS, Config, make_config
+from lab.config import DATASETS, Config, make_config
 from lab.fit import batch_size, learning_rate
 from lab.results import config_key
 from lab.runtime import Problem, count, guarded, reason
@@ -443,7 +443,7 @@ def test_a_compiled_run_and_a_plain_one_continue_each_other(cli, place):
 FLAGS = [f for a in train.make_parser()._actions for f in a.option_strings
          if f not in ("-h", "--help", "--debug")]
 WORDS = st.one_of(
-    st.sampled_from(FLAGS), st.sampled_from([*DATASETS, *encapnet.MODELS, *AUGMENT]),
+    st.sampled_from(FLAGS), st.sampled_from([*DATASETS, *encapnet.MODELS, "none", "+", "++"]),
     st.sampled_from(["types=2", "types=x", "=", "depths=(", "a=" + "[" * 99, "cpu", "cuda:7", "",
                      "-", "--", "-1", "0", "1", "2", "1e99", "nan", "inf", "fast", "margin", "ce"]),
     st.text(max_size=5).filter(lambda text: "\0" not in text))
