@@ -12,10 +12,9 @@
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
 
-A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, one entry
-per epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
-goes on with --resume, or when the same command with an --output-dir is given again, bit for bit on
-a CPU.  runs/results.jsonl collects the results.
+A run is a folder in runs/: log.jsonl (configuration, machine, one entry per epoch), last.pt and
+previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it goes on with --resume,
+bit for bit on a CPU.  runs/results.jsonl collects the results.
 """
 import argparse
 import dataclasses

@@ -38,17 +38,13 @@ def check_finite(run):
 
 
 def save(run, keep=True):
-    """Write last.pt unless it would hold a NaN; the one before becomes previous.pt, or is lost.
-
-    All processes call it.
-    """
+    """Write last.pt, unless it would hold a NaN; the one before becomes previous.pt, or is lost."""
     average_totals(run)
     if rank() == 0:
         check_finite(run)
-        data = run.data
+        known = ("name", "classes", "source", "mean", "std")
         state = {"config": dataclasses.asdict(run.config),
-                 "data": {"name": data.name, "classes": data.classes, "source": data.source,
-                          "mean": data.mean.cpu(), "std": data.std.cpu()},
+                 "data": {name: getattr(run.data, name) for name in known},
                  "net": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
                  **{name: getattr(run, name) for name in SAVED}}
         buffer = io.BytesIO()
@@ -164,10 +160,7 @@ def numbered_folder(config):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Refuse a folder that another process works in; the kernel unlocks when that one dies.
-
-    A folder in which no run begins is removed again.
-    """
+    """Refuse a folder that another process works in; remove one in which no run begins."""
     if rank() > 0:
         yield
         return

@@ -91,8 +91,7 @@ class Config:
     class_list: str = data_option("", help="h-imagenet: a file of other classes")
     unreadable: str = data_option("stop", help="images that cannot be read; trust: do not look "
                                   "beforehand", free=True, choices=("stop", "skip", "trust"))
-    workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
-                               free=True)
+    workers: int = data_option(min(8, os.cpu_count() or 1), help="processes to read", free=True)
     model: str = model_option("encapnet", help="see --list", metavar="MODEL",
                              choices=(*encapnet.MODELS, *PEERS))
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",

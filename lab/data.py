@@ -30,14 +30,12 @@ class Split:
     def batches(self, chunks, device, workers=0):
         """(images, labels, index) of each chunk, a tensor of positions; all on the device."""
         if isinstance(self.images, Tensor):
-            for index in chunks:
-                images = self.images[index.to(self.images.device)].to(device)
-                yield images, self.labels[index], index
-            return
-        loader = torch.utils.data.DataLoader(
-            self.images, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
-            pin_memory=device.type == "cuda", generator=torch.Generator())
-        for images, index in zip(loader, chunks, strict=True):
+            found = (self.images[index.to(self.images.device)] for index in chunks)
+        else:
+            found = torch.utils.data.DataLoader(
+                self.images, batch_sampler=[chunk.tolist() for chunk in chunks],
+                num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+        for images, index in zip(found, chunks, strict=True):
             yield images.to(device, non_blocking=True), self.labels[index], index
 
 
@@ -142,6 +140,8 @@ def read_data(config, device):
 
 def held_out(images, labels):
     """Training images in two, nine tenths and every tenth: sorted classes stay balanced."""
+    if len(labels) < 10:
+        raise Problem(f"--hold-out: every tenth of {len(labels)} training images is none")
     tenth = torch.arange(len(labels)) % 10 == 9
     return [(images[part] if isinstance(images, Tensor)
              else Subset(images, part.nonzero()[:, 0].tolist()), labels[part])

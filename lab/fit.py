@@ -244,12 +244,11 @@ def finish_epoch(run, since, images):
     n, *sums = run.totals.tolist()
     loss, feedback, wrong, norm, clipped = (total / n for total in sums)
     test = measure.evaluate(run)
-    lr = run.optimizer.param_groups[0]["lr"]
     run.seconds += time.monotonic() - since
     run.epoch, run.step = run.epoch + 1, 0
     run.totals.zero_()
-    entry = {"epoch": run.epoch, "lr": lr, "loss": loss, "feedback": feedback,
-             "gradient_norm": norm, "clipped_percent": 100 * clipped,
+    entry = {"epoch": run.epoch, "lr": run.optimizer.param_groups[0]["lr"], "loss": loss,
+             "feedback": feedback, "gradient_norm": norm, "clipped_percent": 100 * clipped,
              "train_error": 100 * wrong, "test_error": test["error"],
              "test_top5_error": test["top5_error"], "told_apart": measure.told_apart(run),
              "time": {"seconds": run.seconds, "images_per_second": images}}
@@ -289,10 +288,7 @@ def finish(run):
 
 
 def fit(config):
-    """Train as the Config says, from the start or where its folder stopped -> the result, plain.
-
-    The same output_dir goes on, whoever asks: --resume, the same command, torchrun's restart.
-    """
+    """Train as the Config says, from the start or where its output_dir stopped -> the result."""
     device = start(config)
     folder = [config.output_dir or (checkpoint.numbered_folder(config) if rank() == 0 else "")]
     if world() > 1:

@@ -197,8 +197,7 @@ def annotated_boxes(root, padding=0.1, smallest=50):
                 kept = boxes.setdefault(file.stem, [])
                 if min(right - left, bottom - top) >= smallest:
                     dx, dy = padding * (right - left), padding * (bottom - top)
-                    larger = left - dx, top - dy, right + dx, bottom + dy
-                    kept.append(tuple(map(round, larger)))
+                    kept.append(tuple(map(round, (left - dx, top - dy, right + dx, bottom + dy))))
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise Problem(f"annotation {file} is damaged: {error}") from error
     return boxes

@@ -22,6 +22,7 @@ from lab import checkpoint, fit, measure, use
 from lab.config import make_config, merge
 from lab.data import Data, Split, enlarged, load_data
 from lab.digits import draw_digits
+from lab.runtime import Problem
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -612,6 +613,8 @@ def test_hold_out_tests_on_every_tenth_training_image(pictures):
         assert torch.equal(split.labels, whole.train.labels[number])
     x = part.train.images.double() / 255
     torch.testing.assert_close(part.mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(Problem, match="--hold-out: every tenth of 9 training images"):
+        loaded(pictures, hold_out=True, train_images=9)
     assert len(loaded(pictures, hold_out=True, train_images=10).test) == 1
 
 
