@@ -18,12 +18,12 @@ batch with the real ones.
 
 Axes    B batch · i / j lower / higher capsules, n_in / n_out their numbers · d numbers per capsule,
         e per lower capsule where both occur · G capsule types, g one of them · P positions of a
-        type, p one of them · H, W height and width · K classes · n, m samples of two clouds, whose
-        transport plan is P in the paper · t iteration
+        type, p one of them · H, W height and width · K classes · n, m samples of two clouds, P
+        is also their transport plan · t iteration
 Layout  a capsule image is (B, G*d, H, W), type-major: `groups=G` gives each type its own transform
 
 Where each equation lives
-    Sec. 2.1    squash ............... squash            Eq. (8)   <Q, P> ....... transport_cost
+    Sec. 2.1    squash ............... squash            Eq. (8)   <Q, P> .. sinkhorn_divergence
     Eq. (1)     dynamic routing ...... dynamic_routing   Eq. (9)   scalings ..... sinkhorn_plan
     Eqs. (2,3)  EM routing ........... em_routing        Eq. (10)  plan ......... sinkhorn_plan
     Eq. (4)     sum_i c_ij w_ij u_i .. RoutedCapsules    Eq. (11)  2W-W-W . sinkhorn_divergence
@@ -63,8 +63,7 @@ def check_positive(kind=int, **arguments):
     """Each argument, a number or a tuple of numbers, is positive."""
     for name, value in arguments.items():
         for x in value if isinstance(value, (tuple, list)) else [value]:
-            right_kind = isinstance(x, (int, kind)) and not isinstance(x, bool)
-            if not (right_kind and 0 < x < math.inf):
+            if isinstance(x, bool) or not isinstance(x, (int, kind)) or not 0 < x < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a positive {kind.__name__}")
 
 
@@ -105,17 +104,17 @@ def squash(s, dim=-1):
 
 
 # ---- The two classic routings on explicit votes: the readable definition -------------------------
-# A higher capsule depends on the weights of its votes, and they on how well each vote agrees with
-# it: both are updated in turn.  Dynamic routing takes a weighted mean and measures agreement by the
-# inner product; EM routing fits a Gaussian and measures agreement by the log density.
+# Dynamic routing takes a weighted mean of the votes and measures agreement by the inner product; EM
+# routing fits a Gaussian and measures agreement by the log density.
+
 
 def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficients=False):
     """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
 
     votes: (B, i, j, d), v_hat_j|i;  b0: initial logits, broadcast to (B, i, j), or None
     softmax: the axis over which the coefficients c sum to 1
-        "in", over i, as in the paper: every higher capsule takes a weighted mean of its votes, for
-        which the votes compete, and higher capsules do not
+        "in", over i, as in the paper: the votes for one higher capsule compete, and it takes their
+        weighted mean; higher capsules do not compete
         "out", over j, as in Sabour et al.: every lower capsule divides one vote among the higher
         ones, which compete for it
         Deviation 4: we keep "out", with which the authors' loss did not converge (App. A.i); we
@@ -138,12 +137,12 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
 def standardise(x):
     """Zero mean and unit variance over the last axis; 0 where all are equal.   [App. A.i]
 
-    Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula;
-    that of the log densities is ours.  Cost and log density are sums over the d numbers of a pose,
-    so that between capsules j they differ by tens.  The softmax then assigns each vote to a single
-    capsule; a capsule left with one or two votes has almost no variance, and its next log densities
-    differ by even more: with three iterations a network hardly learns.  Standardised, both stay of
-    order 1.
+    Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula; to
+    standardise the log densities of the E-step as well is ours.  They and the cost are sums over
+    the d numbers of a pose, so that between capsules j they differ by tens.  The softmax then
+    assigns each vote to a single capsule; a capsule left with one or two votes has almost no
+    variance, and its next log densities differ by even more: with three iterations a network hardly
+    learns.  Standardised, cost and log density stay of order 1.
     """
     # layer_norm computes x / std - mean / std, which is inexact where |mean| >> std: shift first.
     x = x - x.detach().amax(-1, keepdim=True)
@@ -162,34 +161,18 @@ def em_activation(log_mass, var, beta_v, beta_a, t):
     return F.logsigmoid((1 + t) * (beta_a - standardise(cost)))
 
 
-def em_assignment(log_p, log_aj, standardised):
-    """E-step: log R_ij, the share of vote i that higher capsule j explains.   [Eq. (3)]
-
-    log_p: (..., j), log density of a vote under each Gaussian;  log_aj: log activations -> (..., j)
-    """
-    if standardised == "both":
-        log_p = standardise(log_p)
-    return (log_aj + log_p).log_softmax(-1)
-
-
 @full_precision
-def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficients=False,
-               standardised="both"):
+def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficients=False):
     """Fit one Gaussian per higher capsule to the votes by expectation maximisation. [Eqs. (2), (3)]
 
     votes: (B, i, j, d);  activation: (B, i), in [0, 1];  beta_v, beta_a: (j,)
-    standardised: over j, "both" costs and log densities, or only the "cost": then networks hardly
-        learn
     -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
        with return_coefficients also R (B, i, j), the assignment used by the last M-step
     R starts uniform over j; the inverse temperature of iteration t is 1 + t.
     """
     B, n_in, n_out, _ = votes.shape
     check_shape("activation", activation, "B i", B=B, i=n_in)
-    check_shape("beta_v", beta_v, "j", j=n_out)
-    check_shape("beta_a", beta_a, "j", j=n_out)
     check_positive(iterations=iterations)
-    check_choice(("both", "cost"), standardised=standardised)
     log_a = activation.clamp_min(torch.finfo(votes.dtype).tiny).log()[:, :, None]
     log_R = votes.new_full((B, n_in, n_out), -math.log(n_out))
     for t in range(iterations):
@@ -201,13 +184,12 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
         log_aj = em_activation(log_r.logsumexp(1), var, beta_v, beta_a, t)
         if t < iterations - 1:
             log_p = -(square / var[:, None] + (2 * math.pi * var).log()[:, None]).sum(-1) / 2
-            log_R = em_assignment(log_p, log_aj[:, None], standardised)  # E-step
+            log_R = (log_aj[:, None] + standardise(log_p)).log_softmax(-1)       # E-step, Eq. (3)
     return (mean, log_aj.exp(), log_R.exp()) if return_coefficients else (mean, log_aj.exp())
 
 
 # ---- Losses on class-capsule lengths (B, K) and targets: a scalar, mean over the batch ----------
-# A length says whether a class is present, so each class has a loss of its own, which is 0 once the
-# length is past its margin.
+
 
 @full_precision
 def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
@@ -215,7 +197,6 @@ def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
 
     lengths: (B, K);  target: (B,), class indices, or (B, K), 1 for each class present -> scalar
     """
-    check_shape("lengths", lengths, "B K")
     B, K = lengths.shape
     T = target.to(lengths.dtype)
     if target.dim() == 1:
@@ -232,18 +213,15 @@ def spread_loss(lengths, target, margin):
 
     lengths: (B, K);  target: (B,);  margin: raised from 0.2 to 0.9 during training -> scalar
     """
-    check_shape("lengths", lengths, "B K")
     check_shape("target", target, "B", B=lengths.shape[0])
     a_t = lengths.gather(1, target[:, None])                             # (B, 1)
     others = torch.ones_like(lengths).scatter(1, target[:, None], 0)
-    return ((margin - (a_t - lengths)).relu().square() * others).sum(1).mean()
+    return (others * (margin - (a_t - lengths)).relu().square()).sum(1).mean()
 
 
 # ---- The routed capsule layer of CapNet ----------------------------------------------------------
-# A vote is linear in the lower capsule, v_hat_j|i = w_gj u_i, and the P positions of a capsule type
-# g share w_gj, as a convolution shares its kernel.  Nothing in routing needs the votes themselves:
-# `votes` and the two functions above are the definition, and the appendix computes the same result
-# without votes.
+# A vote is v_hat_j|i = w_gj u_i, with one w_gj for all P positions of a type g.  Votes and the two
+# functions above are the definition; the appendix computes the same result without votes.
 
 # torch 2.6 has no is_exporting
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -256,7 +234,6 @@ class RoutedCapsules(nn.Module):
     routing: "dynamic" (softmax over "in" or "out" capsules) or "em";  bias: votes are w u + bias
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
         the last two store one logit per pair (i, j), so that inputs must have P = `positions`
-    standardised: of EM, as em_routing
     factored: routing without votes (appendix).  Set False, for the same result by explicit votes,
         under torch.func and torch.compile(fullgraph=True); torch.export does so by itself.
     gain: factor on the initial scale, 0.3 sqrt(types / in_dim).  Deviation 8: the paper says
@@ -268,18 +245,15 @@ class RoutedCapsules(nn.Module):
     """
 
     def __init__(self, types, in_dim, out_capsules, out_dim, routing="dynamic", iterations=3, *,
-                 softmax="in", standardised="both", bias=False, b_init="zero", positions=1,
-                 gain=1.0, factored=True):
+                 softmax="in", bias=False, b_init="zero", positions=1, gain=1.0, factored=True):
         super().__init__()
         check_positive(iterations=iterations)
         check_choice(("dynamic", "em"), routing=routing)
         check_choice(("in", "out"), softmax=softmax)
-        check_choice(("both", "cost"), standardised=standardised)
         check_choice(("zero", "random", "learnable") if routing == "dynamic" else ("zero",),
                      b_init=b_init)
         self.types, self.in_dim, self.routing = types, in_dim, routing
-        self.iterations, self.softmax, self.standardised = iterations, softmax, standardised
-        self.factored = factored
+        self.iterations, self.softmax, self.factored = iterations, softmax, factored
         std = 0.3 * gain * math.sqrt(types / in_dim)                     # deviation 8
         self.weight = nn.Parameter(torch.randn(types, in_dim, out_capsules, out_dim) * std)
         self.bias = nn.Parameter(torch.zeros(types, out_capsules, out_dim)) if bias else None
@@ -313,10 +287,9 @@ class RoutedCapsules(nn.Module):
             options = {"softmax": self.softmax, "b0": self.b}
         else:
             with_votes, without_votes = em_routing, em_without_votes
-            min_positions = (self.in_dim + 1) * (self.in_dim + 2) // 6   # a third of the monomials
-            options = {"activation": activation, "beta_v": self.beta_v, "beta_a": self.beta_a,
-                       "standardised": self.standardised}
-        # Exported, the loops over blocks would fix the batch size.
+            min_positions = (self.in_dim + 1) * (self.in_dim + 2) // 6   # a third of em's monomials
+            options = {"activation": activation, "beta_v": self.beta_v, "beta_a": self.beta_a}
+        # torch.export would unroll the loops over blocks, for one batch size.
         if self.factored and u.shape[2] >= min_positions and not exporting():
             v = without_votes(*self.operator(u), iterations=self.iterations, **options)
         else:
@@ -325,7 +298,6 @@ class RoutedCapsules(nn.Module):
 
 
 # ---- capConv: approximate routing in one pass, by a master and an aide branch --------------------
-# Routing finds the weights of its votes by iteration; capConv predicts them in one pass.
 
 def squash_image(s, types):
     """squash every capsule of an image (B, types*d, H, W)."""
@@ -345,18 +317,12 @@ class ComplementConv(nn.Module):
         self.weight = nn.Conv2d((types - 1) * in_dim, types * out_dim, kernel_size).weight
 
     def dense(self):
-        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero.
-
-        Input types before the output's own keep their index, those after it move up by one.
-        """
+        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero."""
         G = self.types
-        blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1))
-        index = torch.arange(G, device=blocks.device)
-        low, high = index.view(G, 1, 1, 1), index.view(G, 1, 1, 1, 1, 1)
-        before = F.pad(blocks, (0, 0, 0, 0, 0, 0, 0, 1))     # (high, out_dim, low, in_dim, k, k)
-        after = F.pad(blocks, (0, 0, 0, 0, 0, 0, 1, 0))
-        full = torch.where(low < high, before, torch.where(low > high, after, 0.0))
-        return full.flatten(2, 3).flatten(0, 1)
+        blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1)).transpose(1, 2)
+        full = blocks.new_zeros(G, G, *blocks.shape[2:])     # (high, low, out_dim, in_dim, k, k)
+        full[~torch.eye(G, dtype=torch.bool)] = blocks.flatten(0, 1)
+        return full.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def forward(self, u):
         return F.conv2d(u, self.dense(), stride=self.stride, padding=self.padding)
@@ -374,8 +340,7 @@ class CapConv(nn.Module):
     coefficients: "both", as above;  "own": m1 from v1 alone, m2 from v2;  "cross": m1 from v2, m2
         from v1;  "fixed": m1 = m2 = 1;  None: no aide, s = v1   [Table 3 (1-4)]
     skip: the skip of type I, an ordinary strided 3x3 convolution of u, in which all types meet; the
-        skip of type II is `residual`, which EncapModule hands to the last layer [Table 3 (5-7)]
-    squash_branches: BatchNorm, ReLU and squash at the end of each branch as well
+        skip of type II is `residual`: EncapModule's last layer adds the output of its type I
     Deviation 2: the paper does not give k2; k1 + 2 matches its seconds per batch for (e) and (f) of
     Table 1.  The released code uses k1 + 4, lets the aide see its own type, squashes the branches.
     Deviation 6: beta is initialised to 1, so that a fresh layer adds its branches.
@@ -386,7 +351,7 @@ class CapConv(nn.Module):
     """
 
     def __init__(self, in_dim, out_dim, kernel_size, stride=1, types=32, coefficients="both",
-                 aide_kernel=None, skip=False, squash_branches=False):
+                 aide_kernel=None, skip=False):
         super().__init__()
         aide_kernel = kernel_size + 2 if aide_kernel is None else aide_kernel        # deviation 2
         check_positive(types=types, kernel_size=kernel_size, aide_kernel=aide_kernel)
@@ -394,14 +359,12 @@ class CapConv(nn.Module):
             raise ValueError(f"kernel_size={kernel_size}, aide_kernel={aide_kernel}: must be odd")
         check_choice(("both", "own", "cross", "fixed", None), coefficients=coefficients)
         if coefficients is not None and types == 1:
-            raise ValueError(f"types=1: must be 2 or more with coefficients={coefficients!r} "
-                             "(the aide sees the other types)")
+            raise ValueError("types=1: must be 2 or more with an aide, which sees the other types")
         self.types, self.coefficients = types, coefficients
         low, high = types * in_dim, types * out_dim
 
         def per_type(c_in, c_out, k, stride=1, bias=False):
-            # nn.Conv2d with groups=types gives the same result, more slowly on a CPU (appendix).
-            return GroupedConv(c_in, c_out, k, stride, k // 2, groups=types, bias=bias)
+            return nn.Conv2d(c_in, c_out, k, stride, k // 2, groups=types, bias=bias)
 
         self.master = per_type(low, high, kernel_size, stride)
         if coefficients is not None:
@@ -415,19 +378,11 @@ class CapConv(nn.Module):
                     nn.init.ones_(convolution.bias)                      # deviation 6
         self.skip = nn.Conv2d(low, high, 3, stride, padding=1, bias=False) if skip else None
         self.norm = nn.BatchNorm2d(high)
-        branches = 2 if squash_branches and coefficients is not None else 0
-        self.branch_norms = nn.ModuleList(nn.BatchNorm2d(high) for _ in range(branches))
-        for norm in (self.norm, *self.branch_norms):
-            nn.init.constant_(norm.weight, 1 / math.sqrt(out_dim))       # deviation 8
-
-    def norm_relu_squash(self, s, norm):
-        return squash_image(F.relu(norm(s)), self.types)
+        nn.init.constant_(self.norm.weight, 1 / math.sqrt(out_dim))      # deviation 8
 
     def branches(self, u):
         """v1, v2 (B, types*d, H', W') and their coefficients m1, m2 (B, types, H', W')."""
         v1, v2 = self.master(u), self.aide(u)
-        if self.branch_norms:
-            v1, v2 = map(self.norm_relu_squash, (v1, v2), self.branch_norms)
         if self.coefficients == "fixed":
             m1 = m2 = torch.ones_like(v1[:, :self.types])
         elif self.coefficients == "both":
@@ -449,11 +404,11 @@ class CapConv(nn.Module):
             s = s + self.skip(u)
         if residual is not None:
             s = s + residual
-        return self.norm_relu_squash(s, self.norm)
+        return squash_image(F.relu(self.norm(s)), self.types)
 
 
 class CapFC(nn.Module):
-    """Class capsules, fully connected within each capsule dimension.   [Sec. 3.1]
+    """Class capsules: number d of each is a linear map of number d of all u_i.   [Sec. 3.1]
 
     v_jd = squash over d of sum_i w[d, i, j] u_id, no bias.   u: (B, i, d) -> (B, j, d)
     """
@@ -480,7 +435,6 @@ def normalise(z):
     return z / torch.where(length > 0, length, 1.0)
 
 
-@full_precision
 def cosine_cost(x, y):
     """1 - cos(x, y), in [0, 2]; a zero vector costs 1 against anything.
 
@@ -489,22 +443,9 @@ def cosine_cost(x, y):
     return 1 - normalise(x) @ normalise(y).mT
 
 
-@full_precision
 def l2_cost(x, y):
-    """Euclidean distance, unbounded; value and gradient are 0 where x = y.   [Table 3 (d5)]
-
-    x: (..., n, d);  y: (..., m, d) -> (..., n, m)
-    """
+    """Euclidean distance, unbounded; value and gradient are 0 where x = y.   [Table 3 (d5)]"""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-@full_precision
-def transport_cost(Q, P):
-    """Cost of moving mass along a plan, <Q, P>.   [Eq. (8)]
-
-    Q: (..., n, m) ground cost;  P: (..., n, m) plan, sums to 1 -> (...) in the units of Q
-    """
-    return (Q * P).sum((-2, -1))
 
 
 @full_precision
@@ -541,32 +482,20 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
                         plan_grad=False):
     """How far two clouds of samples are from each other: 2 W(x,y) - W(x,x) - W(y,y).   [Eq. (11)]
 
-    W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  POT and geomloss use half of this.
+    W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  W(x, x) is above 0, and W(x, y) alone
+    is least where y is narrower than x, which the other terms correct.  POT and geomloss use half.
     x: (..., n, d);  y: (..., m, d);  cost: "cosine" or "l2";  eps, iterations: as sinkhorn_plan
     bias_fix: False gives W(x, y) alone   [Table 3 (d1)]
     plan_grad: differentiate through the plan as well [Table 3 (d2)].  By default it is a constant:
         4.58 % error in the paper, 4.77 with the gradient, and no backward pass of L iterations.
-        The optimal plan is the gradient of the regularised cost with respect to Q, so that what is
-        left out vanishes as eps -> 0.
     -> (...), in the units of the cost
     """
     check_choice(("cosine", "l2"), cost=cost)
-    for name, cloud in (("x", x), ("y", y)):
-        if not isinstance(cloud, Tensor):
-            raise TypeError(f"{name} is a {type(cloud).__name__}: must be a torch.Tensor")
-        if cloud.dim() < 2 or 0 in cloud.shape[-2:]:
-            raise ValueError(f"{name} has shape {tuple(cloud.shape)}: must be (..., samples, d), "
-                             "both positive")
-    if cost == "cosine":                     # normalised here, once, as each cloud meets two others
-        x, y = normalise(x), normalise(y)
-
-    def ground_cost(x, y):
-        return 1 - x @ y.mT if cost == "cosine" else l2_cost(x, y)
+    ground_cost, q_max = {"cosine": (cosine_cost, 2.0), "l2": (l2_cost, None)}[cost]
 
     def W(Q):
-        q_max = 2.0 if cost == "cosine" else None
         plan = sinkhorn_plan(Q if plan_grad else Q.detach(), eps, iterations, q_max)
-        return transport_cost(Q, plan)
+        return (Q * plan).sum((-2, -1))                                  # Eq. (8)
 
     if not bias_fix:
         return W(ground_cost(x, y))
@@ -582,14 +511,12 @@ def kl_divergence(real, generated):
 
     Deviation 7: the paper gives no formula.
     """
-    check_shape("generated", generated, "B F", B=real.shape[0], F=real.shape[1])
     return F.kl_div(generated.log_softmax(-1), real.log_softmax(-1), log_target=True,
                     reduction="batchmean")
 
 
 # ---- Feedback agreement: the lower layer must be reconstructible from the higher one -------------
-# A generator makes a lower image of the higher one; an extractor computes short feature vectors of
-# the real and of the generated images of a batch; their divergence is added to the loss.
+
 
 def gather(x):
     """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable.
@@ -662,10 +589,8 @@ class FeedbackUnit(nn.Module):
     def extract(self, image):
         """f: image (B, low, H, W) -> features (B, F).
 
-        The cosine compares directions only.  If the features of every sample, real or generated,
-        are positive in one position, the same for all, and 0 elsewhere, then divergence and
-        gradient are 0 whatever the images are: the trivial minimum, which distinguishes no two
-        samples.
+        If only one feature, the same in all samples, is not 0, the cosine cost and its gradient are
+        0: the trivial minimum.
         """
         if self.extractor is None:
             return image.flatten(1)
@@ -677,7 +602,7 @@ class FeedbackUnit(nn.Module):
 
     def features(self, low, high):
         """Features of the real and of the generated lower images, each (B, F), of all ranks."""
-        check_shape("high", high, "B high H W", B=low.shape[0])          # or chunk mixes the two
+        check_shape("high", high, "B high H W", B=low.shape[0])          # else chunk mixes the two
         real_and_generated = torch.cat([low, self.generate(high, low.shape[-2:])])
         real, generated = self.extract(real_and_generated).chunk(2)
         return gather(real), gather(generated)
@@ -690,9 +615,7 @@ class FeedbackUnit(nn.Module):
 
 
 # ---- The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval mode or without units)
-# Each has a stem, optional modules, and scores.  EncapNet is a convolution, four modules of capConv
-# and capFC.  CapNet and EncapNet6 share the first four convolutions of Table 1; CNN and ResNet are
-# what they are compared with.
+
 
 def conv_bn_relu(c_in, c_out, stride=1):
     return nn.Sequential(*conv_bn(c_in, c_out, 3, stride), nn.ReLU())
@@ -769,7 +692,7 @@ class EncapNet(Network):
     """Convolution, capConv modules, capFC.   [Table 2]
 
     depths: N of each module;  dims: capsule dimensions, one more than depths;  types: capsule types
-    coefficients, aide_kernel, squash_branches: as CapConv; coefficients also one per module
+    coefficients, aide_kernel: as CapConv; coefficients also one per module
     skip: "both", "I", "II" or None [Table 3 (5-7)];  stem_stride: use 4 for images of 128 or more
     feedback: units per module, 0, 1, 2;  further keywords go to FeedbackUnit
     Deviation 9: the stem M0 is convolution, BatchNorm, ReLU, not squashed; the vanilla generator of
@@ -778,7 +701,7 @@ class EncapNet(Network):
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, depths=(3, 3, 3, 3),
                  dims=(1, 2, 4, 8, 16), types=32, coefficients="both", aide_kernel=None,
-                 skip="both", squash_branches=False, stem_stride=1, feedback=0, **unit_options):
+                 skip="both", stem_stride=1, feedback=0, **unit_options):
         super().__init__(num_classes, in_channels, image_size, types=types, depths=depths,
                          dims=dims, stem_stride=stem_stride)
         check_choice(("both", "I", "II", None), skip=skip)
@@ -792,9 +715,8 @@ class EncapNet(Network):
         self.types = types
         self.stem = conv_bn_relu(in_channels, types * dims[0], stem_stride)
         self.blocks = nn.ModuleList(
-            EncapModule(*dims[m:m + 2], depths[m], strides[m], skip, types=types,
-                        coefficients=coefficients[m], aide_kernel=aide_kernel,
-                        squash_branches=squash_branches) for m in range(len(depths)))
+            EncapModule(*sizes, skip, types=types, coefficients=c, aide_kernel=aide_kernel)
+            for *sizes, c in zip(dims[:-1], dims[1:], depths, strides, coefficients, strict=True))
         self.add_units(feedback, [types * d for d in dims], strides, types=types, **unit_options)
         side = math.ceil(image_size / (stem_stride * math.prod(strides)))
         self.classes = CapFC(types * side ** 2, dims[-1], num_classes)
@@ -836,22 +758,18 @@ class CapNet(Network):
     """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
 
     Deviation 11: both routed layers have a bias, as the logged number of parameters implies.
-    routing, iterations, softmax, standardised, b_init, factored: as RoutedCapsules
-    fifth_conv: one more 3x3 convolution before the capsules: the depth of Table 1's other rows
+    routing, iterations, softmax, b_init, factored: as RoutedCapsules
     Deviation 10: the activation of a lower capsule of EM is the sigmoid, not the released ReLU, of
     BatchNorm of a convolution; a class score is |squash(mu)|, not the activation.
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32, routing="dynamic",
-                 iterations=3, softmax="in", standardised="both", b_init="zero", factored=True,
-                 fifth_conv=False):
+                 iterations=3, softmax="in", b_init="zero", factored=True):
         super().__init__(num_classes, in_channels, image_size, types=types)
         self.types, self.routing = types, routing
         self.stem, side = six_layer_stem(in_channels, types), math.ceil(image_size / 4)
-        if fifth_conv:
-            self.stem.append(conv_bn_relu(8 * types, 8 * types))
         options = dict(routing=routing, iterations=iterations, softmax=softmax, b_init=b_init,
-                       standardised=standardised, factored=factored, positions=side ** 2, bias=True)
+                       factored=factored, positions=side ** 2, bias=True)
         self.routed = nn.ModuleList([
             RoutedCapsules(types, 8, types * side ** 2, 16, **options),
             RoutedCapsules(types, 16, num_classes, 16, gain=side, **options)])  # deviation 8
@@ -981,8 +899,9 @@ def keywords(cls):
 
 
 def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
-    """A network of the paper by name, any keyword of its class overridden.   [Tables 1, 2, 3, 5]
+    """A network of the paper by name.   [Tables 1, 2, 3, 5]
 
+    overrides: keywords of its class or of FeedbackUnit, as in build("encapnet", skip="I")
     image_size: None uses the registered size
     -> model;  model(x (B, in_channels, image_size, image_size)) -> scores (B, K), feedback ()
     """
@@ -996,30 +915,7 @@ def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
     return cls(num_classes, in_channels, image_size, **{**defaults, **overrides})
 
 
-# ---- Appendix: grouped convolution on a CPU, and routing without votes ---------------------------
-
-class GroupedConv(nn.Conv2d):
-    """nn.Conv2d in which each capsule type has its own kernel, `groups=types`: the same result.
-
-    A CPU computes 8 output channels at once, so that a type with 1 to 4 wastes most of them.
-    Therefore types are computed together, up to 8 output channels per group, with weights of 0
-    between types: 1.25 to 1.5 times as fast in EncapNet.
-    """
-
-    def forward(self, u):
-        out = self.out_channels // self.groups
-        together = math.gcd(max(1, 8 // out), self.groups)
-        own = torch.eye(together, dtype=torch.bool, device=u.device)
-        own = own.view(together, 1, together, 1, 1, 1)
-        blocks = self.weight.unflatten(0, (-1, together, out)).unsqueeze(3)
-        blocks = torch.where(own, blocks, 0.0)           # (., together, out, together, in, k, k)
-        return F.conv2d(u, blocks.flatten(3, 4).flatten(0, 2), self.bias, self.stride,
-                        self.padding, self.dilation, self.groups // together)
-
-
-# The P capsules of type g share w_gj, so the votes w_gj u_i need not be stored: the 2,048 x 2,048
-# votes of 16 numbers in Table 1's layer would take 268 MB for every sample.
-#
+# ---- Appendix: routing without votes -------------------------------------------------------------
 # Dynamic.  Routing uses a vote twice.  After t iterations, with V_j the sum of their v_j,
 #     b_ij = b0_ij + v_hat_ij . V_j = b0_ij + u_i . query_gj,    query_gj = w_gj^T V_j
 #     s_j  = sum_i c_ij w_gj u_i         = sum_g w_gj (sum_p c_ij u_i)
@@ -1042,7 +938,7 @@ class GroupedConv(nn.Conv2d):
 # Both work in blocks, recomputed in the backward pass, so that neither the votes nor, in Table 1's
 # layer, the n_in x n_out coefficients are ever stored at once.
 
-BLOCK = 2 ** 20                              # about how many elements an array has, EM's up to 4x
+BLOCK = 2 ** 20                      # about how many elements the largest array has; EM's up to 4x
 checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
                      preserve_rng_state=False)
 
@@ -1081,16 +977,11 @@ def dynamic_without_votes(u, weight, iterations=3, softmax="in", b0=None):
     higher capsules never interact, and are split into blocks, as samples are; over j they compete
     and stay together.
     """
-    B, G, P, _ = u.shape
-    n_out = weight.shape[2]
+    G, P, n_out = *u.shape[1:3], weight.shape[2]
     b0 = u.new_zeros(G, P, 1).expand(G, P, n_out) if b0 is None else b0.unflatten(0, (G, P))
-    if softmax == "in":                                      # 64 capsules, more if samples are few
-        samples = max(1, BLOCK // (64 * G * P))
-        capsules_per_block = max(1, BLOCK // (min(samples, B) * G * P))
-    else:
-        samples, capsules_per_block = max(1, BLOCK // (n_out * G * P)), n_out
-    blocks = list(zip(weight.split(capsules_per_block, 2), b0.split(capsules_per_block, 2),
-                      strict=True))
+    per_block = min(64, n_out) if softmax == "in" else n_out             # higher capsules
+    samples = max(1, BLOCK // (per_block * G * P))
+    blocks = list(zip(weight.split(per_block, 2), b0.split(per_block, 2), strict=True))
     return torch.cat([
         torch.cat([checkpoint(dynamic_iterations, part, *block, iterations, softmax)
                    for block in blocks], 1) for part in u.split(samples)])
@@ -1104,8 +995,7 @@ def products(x, dim, double):
     return x.index_select(dim, a) * x.index_select(dim, b) * scale
 
 
-def em_moments(monomials, log_a, centre, weight, mean=None, var=None, log_aj=None,
-               standardised="both"):
+def em_moments(monomials, log_a, centre, weight, mean=None, var=None, log_aj=None):
     """E-step, then the moments of the new assignment, over the votes of some types; see above.
 
     monomials: (B, g, f, P), the x_a x_b, x_a and 1 of x = u - centre
@@ -1125,12 +1015,12 @@ def em_moments(monomials, log_a, centre, weight, mean=None, var=None, log_aj=Non
             torch.einsum("jegd,Bgjd->Bgej", weight, 2 * delta * h[:, None]),
             (delta.square() * h[:, None]).sum(-1)[:, :, None]], 2)
         log_p = -(2 * math.pi * var).log().sum(-1)[:, None, None] / 2 - distance
-        log_r = em_assignment(log_p, log_aj[:, None, None], standardised) + log_a
-    top = log_r.detach().amax((1, 2), keepdim=True)          # (B, 1, 1, j), or 1 for j in the first
+        log_r = (log_aj[:, None, None] + standardise(log_p)).log_softmax(-1) + log_a     # Eq. (3)
+    top = log_r.detach().amax((1, 2), keepdim=True)       # (B, 1, 1, j), j = 1 while R is uniform
     r = (log_r - top).exp()
     sums = (monomials @ r).expand(-1, -1, -1, n_out)                     # (B, g, f, j)
     T2, T1, T0 = sums.split((sums.shape[2] - e - 1, e, 1), 2)
-    mass = T0.sum(1)[:, 0, :, None]                                      # (B, j, 1), 1 or more
+    mass = T0.sum(1)[:, 0, :, None]                                      # (B, j, 1), at least 1
     T0 = T0.movedim(2, 3)                                                # (B, g, j, 1)
     w_T1 = torch.einsum("jegd,Bgej->Bgjd", weight, T1)
     mean = (T0 * vote + w_T1).sum(1) / mass
@@ -1151,7 +1041,7 @@ def em_merge(parts):
 
 @torch.compiler.disable                                      # torch.compile would unroll its loops
 @full_precision
-def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3, standardised="both"):
+def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3):
     """em_routing of the votes w u.   u: (B, G, P, e);  weight: (G, e, j, d);  activation: (B, G*P)
 
     -> pose (B, j, d), activation (B, j), by blocks of samples and of types
@@ -1162,8 +1052,7 @@ def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3, standa
     types_per_block = min(G, max(1, 4 * BLOCK // (n_out * d * n_monomials)))
     samples = max(1, 2 * BLOCK // (n_out * P * types_per_block))
     if B > samples:
-        parts = [checkpoint(em_without_votes, x, weight, a, beta_v, beta_a, iterations,
-                            standardised)
+        parts = [checkpoint(em_without_votes, x, weight, a, beta_v, beta_a, iterations)
                  for x, a in zip(u.split(samples), activation.split(samples), strict=True)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
     centre = u.mean(2)
@@ -1175,8 +1064,7 @@ def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3, standa
     blocks = list(zip(*inputs, weights, strict=True))
     last_m_step = ()                                         # before the first R is uniform
     for t in range(iterations):
-        parts = [checkpoint(em_moments, *block, *last_m_step, standardised=standardised)
-                 for block in blocks]
+        parts = [checkpoint(em_moments, *block, *last_m_step) for block in blocks]
         log_mass, mean, var = checkpoint(em_merge, parts)
         log_aj = em_activation(log_mass, var, beta_v, beta_a, t)
         last_m_step = mean, var, log_aj

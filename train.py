@@ -12,13 +12,9 @@
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
 
-A run is a folder, runs/DATASET-MODEL-0 and counting: log.jsonl (configuration, machine, one entry
-per epoch), last.pt and previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it
-goes on with --resume, or when the same command with an --output-dir is given again, bit for bit on
-a CPU.  runs/results.jsonl collects the results.
-
-Several processes (torchrun) share each batch.  On GPUs, BatchNorm sees the whole of it; on a CPU
-each process's BatchNorm sees its own part, so that two do not train exactly as one does.
+A run is a folder in runs/: log.jsonl (configuration, machine, one entry per epoch), last.pt and
+previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it goes on with --resume,
+bit for bit on a CPU.  runs/results.jsonl collects the results.
 """
 import argparse
 import dataclasses
@@ -28,64 +24,38 @@ import re
 import sys
 import textwrap
 from functools import partial
-from pathlib import Path
 
 import encapnet
 from lab import bench
 from lab.checkpoint import load_checkpoint, newest, run_folder
-from lab.config import (
-    DATASETS,
-    MODELS,
-    OURS,
-    Config,
-    Parser,
-    make_config,
-    merge,
-    number,
-    tested_on,
-)
+from lab.config import DATASETS, OURS, PEERS, Config, Parser, make_config, merge, number, tested_on
 from lab.fit import clock, fit
-from lab.folders import class_folders, split_folder
 from lab.runtime import RUNS, Problem, count, guarded, say
 from lab.tables import FIGURES, TABLES, report, show_figure, show_table
 from lab.use import predict, test_only
 
 
-def recipe(dataset):
-    """A recipe of ours as the flags that it stands for."""
-    flags = ("--" + name.replace("_", "-") + f" {value}" * (value is not True)
-             for name, value in OURS[dataset].items())
-    return textwrap.fill(f"{dataset}: {' '.join(flags)}", 79, initial_indent="  ",
-                         subsequent_indent="    ", break_on_hyphens=False)
-
-
 def make_parser():
     """One flag for every field of Config, and the commands."""
+    recipes = (textwrap.fill(f"{dataset}: {settings}", 79, subsequent_indent="  ")
+               for dataset, settings in OURS.items())
     parser = Parser("train.py", description=__doc__,
                     epilog="The defaults above are the paper's, --recipe paper.  Unless asked for "
                            "it, these data sets have\na recipe of ours, of a few minutes (digits: "
-                           "also what trains without --dataset):\n" + "\n".join(map(recipe, OURS)),
+                           "also what trains without --dataset):\n" + "\n".join(recipes),
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
     one = commands.add_mutually_exclusive_group()
     one.add_argument("--table", choices=TABLES, help="run a table of the paper, or a study of ours")
-    commands.add_argument("--row", nargs="+", metavar="TEXT",
-                          help="with --table: only rows with this in their name")
-    commands.add_argument("--seeds", type=number(1), metavar="K",
-                          help="with --table: runs of each row (default: 1)")
-    one.add_argument("--figure", choices=FIGURES,
-                     help="draw a figure of the paper, running missing results first, or of a "
-                          "study, from existing results")
+    commands.add_argument("--row", nargs="+", metavar="TEXT", help="rows with this in their name")
+    commands.add_argument("--seeds", type=number(1), metavar="K", help="runs of each row, or 1")
+    one.add_argument("--figure", choices=FIGURES, help="draw a figure; one of the paper runs what "
+                     "it lacks first")
     one.add_argument("--report", action="store_true", help="render README's tables from results/")
-    commands.add_argument("--check", action="store_true",
-                          help="with --report: only compare, exit 1 if it differs")
-    one.add_argument("--bench", action="store_true",
-                     help="speed and memory of a training step (python -m lab.bench: of its "
-                          "parts beside others' code)")
-    one.add_argument("--test-only", action="store_true",
-                     help="test the network of --resume (default: newest)")
-    one.add_argument("--predict", nargs="+", metavar="IMAGE",
-                     help="images or folders: classify with the network of --resume")
+    commands.add_argument("--check", action="store_true", help="only compare, exit 1 if it differs")
+    one.add_argument("--bench", action="store_true", help="speed and memory of a training step")
+    one.add_argument("--test-only", action="store_true", help="test the network of --resume")
+    one.add_argument("--predict", nargs="+", metavar="IMAGE", help="classify images or folders")
     one.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(parser)
@@ -123,21 +93,8 @@ def with_run(given, finished):
     """The run of --resume, or where no path was given the newest."""
     path = given.get("resume") or given.get("output_dir") or newest(finished)
     if not path:
-        kind = "" if finished else "unfinished "
-        raise Problem(f"no {kind}run in {RUNS}/; give --resume PATH")
+        raise Problem(f"no run in {RUNS}/ to take; give --resume PATH")
     return {**given, "resume": path}
-
-
-def own_images(given):
-    """--data-path without --dataset means a folder of images, where there is one."""
-    if "data_path" not in given or "dataset" in given:
-        return given
-    try:
-        class_folders(split_folder(Path(given["data_path"]), "train"))
-    except Problem as problem:
-        raise Problem(f"--data-path without --dataset: {problem}") from problem
-    say(f"{given['data_path']} has train/CLASS: --dataset folder")
-    return {**given, "dataset": "folder"}
 
 
 def train(given):
@@ -147,42 +104,37 @@ def train(given):
         here = {"resume": None, "output_dir": str(run_folder(path))}
         result = fit(Config(**merge(load_checkpoint(path)["config"], given, here)))
     else:
-        result = fit(make_config(**own_images(given)))
-    best, note = result["best_by_test_error"], ""
+        if "data_path" in given and "dataset" not in given:
+            say("--data-path without --dataset: --dataset folder")
+            given = {**given, "dataset": "folder"}
+        result = fit(make_config(**given))
     error = f"{tested_on(Config(**result['config']))} error"
     say(f"curves and predictions: {result['folder']}/curves.png")
     if result["unbalanced"]:
         worst = sorted((e, name) for name, e in result["class_errors"].items() if e is not None)
         say("some classes have more images than others; those most often wrong:",
             ", ".join(f"{name} {e:.1f} %" for e, name in worst[:-4:-1]))
-    if best["epoch"]:
-        centre = f"by the centre crop {result['curves']['test_error'][-1]:.2f} %, "
-        note = (f" ({centre * result['multi_crop']}the best epoch by {error}, {best['epoch']}: "
-                f"{best['test_error']:.2f} %)")
     guess = "; at chance: no better than always naming the class that most images are of"
     say(f"{error} {result['error']:.2f} % after {count(result['epochs'], 'epoch')} and "
-        f"{clock(result['seconds'])}{note}{guess * (result['outcome'] == 'at chance')}")
+        f"{clock(result['seconds'])}{guess * (result['outcome'] == 'at chance')}")
 
 
 def show_list():
     print("models, with what sets them apart (--set changes it):")
-    for name in MODELS:
-        model = encapnet.MODELS.get(name)
-        if model is None:
-            print(f"  {name:18} torchvision.models.{name}")
-            continue
+    for name, model in encapnet.MODELS.items():
         side = model.image_size
         print(f"  {name:18} {model.network.__name__}, {model.parameters:,} parameters,",
               f"{side}x{side} images", *(f"{k}={v}" for k, v in model.keywords.items()))
+    for name in PEERS:
+        print(f"  {name:18} torchvision.models.{name}")
     print("data sets:")
     for name, source in DATASETS.items():
         print(f"  {name:18} {source.note}")
     print("tables and figures:")
-    for k, parts in TABLES.items():
-        titles = dict.fromkeys(re.split("[;:]", part.title)[0] for part in parts)
-        print(f"  --table {k:<9}", "; ".join(titles) or "architectures")
-    for k, parts in FIGURES.items():
-        print(f"  --figure {k:<8}", re.split("[;:]", parts[0].title)[0])
+    for kind, found in (("table", TABLES), ("figure", FIGURES)):
+        for k, parts in found.items():
+            titles = dict.fromkeys(re.split("[;:]", part.title)[0] for part in parts)
+            print(f"  --{kind} {k:<8}", "; ".join(titles) or "architectures")
 
 
 def check_commands(commands, given):
@@ -190,13 +142,10 @@ def check_commands(commands, given):
     for flag, needed in (("check", "report"), ("row", "table"), ("seeds", "table")):
         if flag in commands and needed not in commands:
             raise Problem(f"--{flag}: of use with --{needed} alone")
-    idle = {"model", "resume", "output_dir"} & set(given)
-    if idle and ("table" in commands or "figure" in commands):
-        told = ", ".join(sorted("--" + name.replace("_", "-") for name in idle))
-        raise Problem(f"{told}: --table and --figure choose models and folders by themselves")
+    for name in ("model", "resume", "output_dir"):
+        if name in given and {"table", "figure"} & set(commands):
+            raise Problem(f"--{name.replace('_', '-')}: --table and --figure choose it themselves")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
-    if "table" in commands and not rows and {"row", "seeds"} & set(commands):
-        raise Problem("--table 2 is of networks, without a run: no --row, no --seeds")
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
             raise Problem(f"--row {word!r}: no such row; choose from {', '.join(rows)}")

@@ -2,7 +2,7 @@
 
     python -m lab.bench routing      routing without votes against routing of votes
     python -m lab.bench sinkhorn     the divergence against POT and geomloss
-    python -m lab.bench network      EncapNet: what --compile and GroupedConv save, feedback adds
+    python -m lab.bench network      EncapNet: what --compile saves, what feedback units add
 
 and of a whole step: python train.py --bench [--model M ...].  All is measured forward and backward,
 on a CPU with one thread (but for a training step); bytes are those that torch's allocator counts.
@@ -22,7 +22,7 @@ from lab.config import Parser, make_config
 from lab.data import Data, Split
 from lab.fit import build_run, start, train_step
 from lab.results import as_json, environment, record
-from lab.runtime import guarded, rank, say, world
+from lab.runtime import guarded, say, world
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own lines on stderr
 
@@ -85,11 +85,11 @@ def training_step(config, device):
     return partial(train_step, run, split.images, split.labels, draws), run.net
 
 
-COST = ("model", "set", "image_size", "amp", "compile", "channels_last")     # and batch, device
+COST = ("model", "set", "image_size", "amp", "compile", "channels_last", "batch_size")
 
 
 def costs_of(config, lines):
-    """Those of bench_step's lines that have these settings, with any batch and device."""
+    """Those of bench_step's lines that have these settings, on any device."""
     return [line for line in lines if as_json(config, COST).items() <= line.items()]
 
 
@@ -117,49 +117,35 @@ def bench_step(config, seconds=3.0):
         return step, net, step()
     (step, net, _), peak = peak_memory(begin, device)
     whole, parts = median_seconds(step, seconds), seconds_of_parts(step, seconds)
-    line = {**as_json(config, COST), "batch": config.batch_size,
-            "parameters": sum(p.numel() for p in net.parameters()), "train_step_seconds": whole,
-            "images_per_second": config.batch_size / whole, "memory_MB": peak / 1e6,
-            "device": environment(device)["device"], **parts,
+    line = {**as_json(config, COST), "parameters": sum(p.numel() for p in net.parameters()),
+            "train_step_seconds": whole, "images_per_second": config.batch_size / whole,
+            "memory_MB": peak / 1e6, "device": environment(device)["device"], **parts,
             "step_seconds": parts["forward_seconds"] + parts["backward_seconds"]}
     split = ", ".join(f"{part.split('_')[0]} {1e3 * time:.1f}" for part, time in parts.items())
     say(f"{config.model}, {line['parameters']:,} parameters, batch {config.batch_size}, "
         f"{config.image_size}x{config.image_size}, {line['device']}: "
         f"{line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms ({split}), "
         f"peak memory of its tensors {peak / 1e6:,.0f} MB")
-    if rank() == 0:
-        record({"bench": line})
+    record({"bench": line})
 
 
-def network_step(device, batch, compile=False, grouped=True, **changes):
-    """A training step of EncapNet v1, on a GPU in bfloat16 and channels-last.
-
-    grouped: False is torch's own grouped convolution in place of GroupedConv
-    """
-    gpu = device.type == "cuda"
-    step, net = training_step(make_config(
-        dataset="cifar10", model="encapnet", set=changes, batch_size=batch, device=str(device),
-        channels_last=gpu, compile=compile, amp=gpu), device)
-    for layer in () if grouped else net.modules():
-        if isinstance(layer, encapnet.GroupedConv):
-            layer.__class__ = torch.nn.Conv2d
-    return step
-
-
-def network_steps(device, **changes):
-    """{form: a training step}: ours, compiled, what it replaces, with feedback units."""
-    step = partial(network_step, device, **changes)
-    return {"without feedback": step(feedback=0), "--compile": step(feedback=0, compile=True),
-            "grouped by torch": step(feedback=0, grouped=False),
-            "1 unit per module": step(feedback=1), "2 units per module": step(feedback=2)}
+def network_steps(device, batch, **changes):
+    """{form: a training step} of EncapNet v1, channels-last, on a GPU in bfloat16."""
+    def step(feedback, compile=False):
+        return training_step(make_config(
+            dataset="cifar10", model="encapnet", set=dict(changes, feedback=feedback),
+            batch_size=batch, device=str(device), channels_last=True, compile=compile,
+            amp=device.type == "cuda"), device)[0]
+    return {"without feedback": step(0), "--compile": step(0, compile=True),
+            "1 unit per module": step(1), "2 units per module": step(2)}
 
 
 def bench_network(device):
-    """EncapNet v1: eager against --compile and torch's convolutions, what feedback units add."""
+    """EncapNet v1: eager against --compile, and what feedback units add."""
     batch = 128 if device.type == "cuda" else 64
     for types in (8, 32):
         compare(f"encapnet, {types} types, batch {batch}",
-                network_steps(device, types=types, batch=batch), device)
+                network_steps(device, batch, types=types), device)
 
 
 # ---- Routing -------------------------------------------------------------------------------------

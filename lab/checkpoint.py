@@ -4,11 +4,8 @@ import dataclasses
 import io
 import itertools
 import json
-import math
 import os
-import pickle
 import signal
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -18,7 +15,7 @@ import torch.distributed as dist
 
 from lab.config import Config
 from lab.results import data_name, identity
-from lab.runtime import RUNS, Diverged, Problem, rank, reason, say, say_once, world, write_file
+from lab.runtime import RUNS, Diverged, Problem, rank, reason, say, world, write_file
 
 SAVED = ("epoch", "step", "totals", "history", "seconds", "moments", "header")
 
@@ -31,34 +28,25 @@ def average_totals(run):
 
 
 def check_finite(run):
-    """Stop before a NaN reaches a checkpoint, and name the step and the culprit."""
-    since = dict(zip(("the loss", "the feedback"), run.bad.tolist(), strict=True))
-    weights = run.net.state_dict()
-    finite = torch.stack([t.isfinite().all() for t in weights.values()]).tolist()
-    since |= {name: run.step for name, ok in zip(weights, finite, strict=True) if not ok}
-    culprit = min(since, key=since.get)
-    if since[culprit] < math.inf:
-        raise Diverged(f"epoch {run.epoch + 1}, step {since[culprit]:.0f}: {culprit} is not "
-                       f"finite; the last good checkpoint is in {run.folder}; a smaller --lr may "
-                       "help", 1)
+    """Stop before a NaN reaches a checkpoint, and name the culprit."""
+    values = {"the loss": run.totals[1], "the feedback": run.totals[2], **run.net.state_dict()}
+    finite = torch.stack([t.isfinite().all() for t in values.values()]).tolist()
+    if not all(finite):
+        culprit = list(values)[finite.index(False)]
+        raise Diverged(f"epoch {run.epoch + 1}, by step {run.step}: {culprit} is not finite; the "
+                       f"last good checkpoint is in {run.folder}; a smaller --lr may help", 1)
 
 
 def save(run, keep=True):
-    """Write last.pt unless it would hold a NaN; the one before becomes previous.pt, or is lost.
-
-    All processes call it.
-    """
+    """Write last.pt, unless it would hold a NaN; the one before becomes previous.pt, or is lost."""
     average_totals(run)
     if rank() == 0:
         check_finite(run)
-        data = run.data
+        known = ("name", "classes", "source", "mean", "std")
         state = {"config": dataclasses.asdict(run.config),
-                 "data": {"name": data.name, "classes": data.classes, "source": data.source,
-                          "mean": data.mean.cpu(), "std": data.std.cpu()},
+                 "data": {name: getattr(run.data, name) for name in known},
                  "net": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
-                 "rng": torch.get_rng_state(), **{name: getattr(run, name) for name in SAVED}}
-        if run.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(run.device)
+                 **{name: getattr(run, name) for name in SAVED}}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_file(run.folder / "last.pt", buffer.getvalue(),
@@ -76,10 +64,6 @@ def read_checkpoint(path):
         Config(**state["config"])                         # train.py's, or these raise
         dict(**state["data"])
         return state
-    except FileNotFoundError:
-        raise Problem(f"no checkpoint {path}") from None
-    except pickle.UnpicklingError:
-        raise Problem(f"{path} is refused: it holds more than tensors and plain values") from None
     except Exception as error:                            # a damaged file can raise anything
         raise Problem(f"{path} is damaged or not train.py's ({reason(error)})") from error
 
@@ -111,13 +95,9 @@ def load_checkpoint(path):
 
 
 def check_same(config, data, state, folder):
-    """Refuse to resume a checkpoint of another configuration or of other images.
-
-    They may lie elsewhere, as may the list of their classes: the images themselves are compared.
-    """
+    """Refuse to resume a checkpoint of another configuration or of other images."""
     before = Config(**state["config"])
-    ours, theirs = ({**identity(c), "dataset": c.dataset, "class_list": ""}
-                    for c in (config, before))
+    ours, theirs = ({**identity(c), "dataset": c.dataset} for c in (config, before))
     if config.epochs < state["epoch"] or config.schedule == "one-cycle":
         ours["epochs"], theirs["epochs"] = config.epochs, before.epochs
     changed = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
@@ -128,10 +108,8 @@ def check_same(config, data, state, folder):
                       f"--resume {folder} --epochs N")
     then = state["data"]
     if (then["classes"], then["source"]) != (data.classes, data.source):
-        raise Problem(
-            f"{folder} was trained on other images than {config.data_path} has now (their "
-            "classes, number, names or sizes differ): give --data-path where they are, or start a "
-            f"new run from its weights with --init {folder}")
+        raise Problem(f"{folder} was trained on other images than {config.data_path} has now: "
+                      f"give --data-path where they are, or start anew with --init {folder}")
 
 
 def load_weights(net, state, path, keep=()):
@@ -151,9 +129,6 @@ def restore(run, state):
         setattr(run, name, state[name])
     run.totals = run.totals.to(run.device)
     run.header["config"]["epochs"] = run.config.epochs
-    torch.set_rng_state(state["rng"])
-    if run.device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
 
 
 def write_log(run):
@@ -181,26 +156,23 @@ def numbered_folder(config):
             return folder
         except FileExistsError:
             pass
-        except OSError as error:
-            raise Problem(f"{folder}: {error.strerror}; give an --output-dir") from error
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Refuse a folder that another process works in; the kernel unlocks when that one dies.
-
-    A folder in which no run begins is removed again.
-    """
+    """Refuse a folder that another process works in; remove one in which no run begins."""
     if rank() > 0:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
-    except OSError as error:
-        raise Problem(f"--output-dir {folder}: {error.strerror}") from error
-    with file:
-        lock(file, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"{folder} is in use by another run") from None
+        except (ImportError, OSError) as error:           # Windows; some network file systems
+            say(f"no locks here ({reason(error)}): let no two runs share a folder")
         try:
             yield
         finally:
@@ -210,22 +182,9 @@ def locked(folder):
                     folder.rmdir()
 
 
-def lock(file, folder):
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Problem(f"{folder} is in use by another run") from None
-    except (ImportError, OSError) as error:               # Windows; some network file systems
-        say_once(f"no locks here ({reason(error)}): let no two runs share a folder")
-
-
 @contextlib.contextmanager
 def caught_signals():
-    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill.
-
-    In a thread, which can catch none, whatever the program has for them stays.
-    """
+    """SIGTERM and SIGINT collect in a list instead of killing; another a second later does kill."""
     signals, first = [], []
 
     def handler(number, frame):
@@ -235,8 +194,7 @@ def caught_signals():
         first.append(time.monotonic())
         signals.append(number)
 
-    here = threading.current_thread() is threading.main_thread()
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT) if here}
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield signals
     finally:

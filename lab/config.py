@@ -5,21 +5,14 @@ import dataclasses
 import functools
 import math
 import os
-from typing import NamedTuple
+from collections import namedtuple
 
 import encapnet
 from lab.runtime import Problem, pick_device
 
 # ---- Names: data sets, and models; torchvision has the peers of Table 4 --------------------------
 
-class Source(NamedTuple):
-    """What a data set is known by: side of its images, whether a mirror image is as good."""
-
-    side: int
-    flips: bool
-    note: str
-
-
+Source = namedtuple("Source", "side flips note")   # of images; whether a mirror image is as good
 DATASETS = {
     "digits": Source(32, False, "printed digits like SVHN's, drawn on the fly"),
     "mnist": Source(32, False, "60,000 + 10,000 grey digits, padded to 32x32"),
@@ -33,11 +26,6 @@ DATASETS = {
 }
 PEERS = {"resnet101": {}, "wide_resnet101_2": {}, "vgg16": {},
          "googlenet": dict(aux_logits=False, init_weights=True)}
-MODELS = (*encapnet.MODELS, *PEERS)
-
-
-def has_logits(model):
-    return model in PEERS or encapnet.MODELS[model].network.logits
 
 
 # ---- Arguments of a command line -----------------------------------------------------------------
@@ -64,9 +52,7 @@ def number(low, kind=int):
 
 def assignment(text):
     """Argument type: types=8 -> ("types", 8); values are Python literals, else strings."""
-    name, equals, value = text.partition("=")
-    if not (equals and name.isidentifier()):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be KEY=VALUE")
+    name, value = text.split("=", 1)
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -86,56 +72,45 @@ def option(default, group, help, *, free=False, **flag):
 data_option = functools.partial(option, group="images [Sec. 5; App. C]")
 model_option = functools.partial(option, group="network and loss [Secs. 3, 5; App. A, B]")
 train_option = functools.partial(option, group="training [Sec. 5]")
-run_option = functools.partial(option, free=True,
-                               group="this run: where, how fast, how often saved")
-AUGMENT = {"none": "as they are", "+": "random crop of an enlarged image, multi-crop test",
-           "++": "also flip (not digits), colour jitter 0.2, schedule x 1.5"}
+run_option = functools.partial(option, free=True, group="this run: where, how fast")
 
 
 @dataclasses.dataclass
 class Config:
     dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
     data_path: str = data_option("data", help="where data sets are, or go", free=True)
-    image_size: int = data_option(0, help="one number, the side of the square that the network "
-                                  "sees: other shapes are resized by the short side, and the "
-                                  "middle is cut out; 0: the data set's")
+    image_size: int = data_option(0, help="side of the square that the network sees (images: short "
+                                  "side resized, middle cut out); 0: the data set's")
     train_images: int = data_option(0, help="use only N, always the same; 0: all", metavar="N")
     test_images: int = data_option(0, help="the same for the test", metavar="N")
     resample: bool = data_option(False, help="with --train-images: others for every seed")
-    hold_out: bool = data_option(False, help="to choose settings by: every tenth training image is "
-                                 "tested, not trained on; the test images stay unseen")
-    augment: str = data_option("none", choices=AUGMENT,
-                               help="; ".join(f"{k}: {v}" for k, v in AUGMENT.items()))
-    flip: bool = data_option(False, help="mirror training images at random (folder, ++: yes; "
-                             "digits of any kind: no)")
+    hold_out: bool = data_option(False, help="test every tenth training image, to choose settings")
+    augment: str = data_option("none", choices=("none", "+", "++"), help="+: random crops, many "
+                               "at the test; ++: also flip (not digits), jitter, schedule x 1.5")
+    flip: bool = data_option(False, help="mirror training images (folder, ++: yes; digits: no)")
     class_list: str = data_option("", help="h-imagenet: a file of other classes")
-    unreadable: str = data_option("stop", help="images that cannot be read: stop, or skip and "
-                                  "report; trust: do not look beforehand", free=True,
-                                  choices=("stop", "skip", "trust"))
-    workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read image files",
-                               free=True)
-    model: str = model_option("encapnet", help="see --list", choices=MODELS, metavar="MODEL")
+    unreadable: str = data_option("stop", help="images that cannot be read; trust: do not look "
+                                  "beforehand", free=True, choices=("stop", "skip", "trust"))
+    workers: int = data_option(min(8, os.cpu_count() or 1), help="processes to read", free=True)
+    model: str = model_option("encapnet", help="see --list", metavar="MODEL",
+                             choices=(*encapnet.MODELS, *PEERS))
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
-    init: str = model_option("", help="start from the weights of another run, its folder; where "
-                             "classes differ, the class layer starts anew", metavar="RUN")
+    init: str = model_option("", help="start from the weights of this run", metavar="RUN")
     loss: str = model_option("", help="networks with logits: ce, others: margin",
                              choices=("margin", "spread", "spread-fixed", "ce"))
     lam: float = model_option(10.0, help="weight of the feedback divergence")
     recipe: str = train_option("default", choices=("default", "paper", "fast"),
-                               help="default: the paper's, but of digits and folder one that takes "
-                               "minutes; paper: the paper's; fast: for one evening")
+                               help="default: the paper's, or of minutes (digits, folder); fast: "
+                               "of an evening")
     optimizer: str = train_option("adam", help="[Table 5]", choices=("adam", "rmsprop", "sgd"))
     lr: float = train_option(1e-4, help="learning rate")
     weight_decay: float = train_option(5e-4, help="L2 penalty")
     batch_size: int = train_option(128, help="over all processes", type=number(1))
-    fit_batch: bool = train_option(False, help="smaller batches where images are few, a twentieth "
-                                   "of them (folder, recipe fast: yes, but with --batch-size)")
+    fit_batch: bool = train_option(False, help="batches of at most a twentieth of the images")
     epochs: int = train_option(600, help="scales the milestones with it", free=True)
-    steps: int = train_option(0, help="instead of --epochs: as many as make about N steps "
-                              "(folder: 400)", metavar="N")
-    clip: float = train_option(0.0, help="scale the gradient of all weights down to this norm; 0: "
-                               "never, as in the paper; every other recipe: 1", metavar="NORM")
+    steps: int = train_option(0, help="as many epochs as make about N steps", metavar="N")
+    clip: float = train_option(0.0, help="largest norm of the gradient; 0: any", metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
@@ -166,10 +141,9 @@ FAST = dict(schedule="one-cycle", epochs=30, batch_size=512, fit_batch=True, lr=
 
 def merge(*layers):
     """Changes to a Config, the later ones over the earlier; `set` is merged key by key."""
-    merged = {}
+    merged = {"set": {}}
     for layer in layers:
-        both = {**merged.get("set", {}), **layer.get("set", {})}
-        merged = {**merged, **layer, "set": both}
+        merged |= {**layer, "set": {**merged["set"], **layer.get("set", {})}}
     return merged
 
 
@@ -205,8 +179,9 @@ def make_config(**given):
         config.flip = config.augment == "++" and source.flips
     if config.recipe == "fast" and "amp" not in given:
         config.amp = pick_device(config.device).type == "cuda"
-    config.loss = config.loss or ("ce" if has_logits(config.model) else "margin")
-    if has_logits(config.model) and config.loss != "ce":
+    logits = config.model in PEERS or encapnet.MODELS[config.model].network.logits
+    config.loss = config.loss or ("ce" if logits else "margin")
+    if logits and config.loss != "ce":
         raise Problem(f"--loss {config.loss} needs capsule lengths; {config.model} has logits: ce")
     return config
 

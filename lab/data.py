@@ -1,8 +1,6 @@
 """Data sets and their batches: small sets are uint8 tensors on the device, big ones are files
 read by worker processes; augmentation is a function of (seed, epoch, image), on the device."""
 import dataclasses
-import functools
-import itertools
 import math
 from pathlib import Path
 
@@ -10,20 +8,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Subset
 
 from lab import folders
-from lab.config import Config
 from lab.digits import draw_digits
-from lab.folders import Files, chosen, drawn_by, file_stamp, files_below, split_folder
+from lab.folders import Files, chosen, drawn_by
 from lab.results import data_name
-from lab.runtime import Problem, count, rank, reason, say, world
+from lab.runtime import Problem, rank, reason, world
 
 
 @dataclasses.dataclass
 class Split:
-    """Half of a data set.   images (n, C, R, R) uint8, or Files;  labels (n,)"""
+    """Half of a data set.   images (n, C, R, R) uint8, or files;  labels (n,)"""
 
-    images: Tensor | Files
+    images: Tensor | Files | Subset
     labels: Tensor
 
     def __len__(self):
@@ -32,26 +30,18 @@ class Split:
     def batches(self, chunks, device, workers=0):
         """(images, labels, index) of each chunk, a tensor of positions; all on the device."""
         if isinstance(self.images, Tensor):
-            for index in chunks:
-                images = self.images[index.to(self.images.device)].to(device)
-                yield images, self.labels[index], index
-            return
-        loader = torch.utils.data.DataLoader(
-            self.images, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
-            pin_memory=device.type == "cuda", generator=torch.Generator())
-        try:
-            for images, index in zip(loader, chunks, strict=True):
-                yield images.to(device, non_blocking=True), self.labels[index], index
-        except Problem as error:                          # comes with the worker's traceback
-            raise Problem(reason(error).removeprefix("lab.runtime.Problem: "), 1) from None
+            found = (self.images[index.to(self.images.device)] for index in chunks)
+        else:
+            found = torch.utils.data.DataLoader(
+                self.images, batch_sampler=[chunk.tolist() for chunk in chunks],
+                num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+        for images, index in zip(found, chunks, strict=True):
+            yield images.to(device, non_blocking=True), self.labels[index], index
 
 
 @dataclasses.dataclass
 class Data:
-    """A data set.   side: of what the model sees;  mean, std: (C,), of training images in [0, 1]
-
-    source: what distinguishes its images from others, wherever they lie
-    """
+    """A data set.   side: of what the model sees;  mean, std: (C,), of training images in [0, 1]"""
 
     name: str
     classes: list
@@ -60,11 +50,7 @@ class Data:
     side: int
     mean: Tensor
     std: Tensor
-    source: str = ""
-
-    @property
-    def channels(self):
-        return len(self.mean)
+    source: str = ""          # what distinguishes own images from others, wherever they lie
 
 
 def fit_side(images, side):
@@ -83,41 +69,35 @@ def enlarged(side):
 
 
 def load_digits(config, held):
-    counts = (config.train_images or 10000, config.test_images or 2000)
-    return [draw_digits(n, split == "train", drawn_by(config, split))[:2]
-            for n, split in zip(counts, ("train", "test"), strict=True)], \
-        [str(k) for k in range(10)], ""
+    train = draw_digits(config.train_images or 10000, True, drawn_by(config, "train"))
+    test = draw_digits(config.test_images or 2000, False)
+    return [train[:2], test[:2]], [str(k) for k in range(10)], ""
 
 
-TORCHVISION = {   # class; what to fetch by hand, and the folder in --data-path where it belongs
-    "mnist": ("MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist/*-ubyte.gz", "MNIST/raw"),
+TORCHVISION = {   # class, and what to fetch by hand
+    "mnist": ("MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist/*-ubyte.gz"),
     "fashion-mnist": ("FashionMNIST", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-                      "*-ubyte.gz", "FashionMNIST/raw"),
-    "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "."),
-    "cifar100": ("CIFAR100", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "."),
-    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers/",
-             "."),
+                      "*-ubyte.gz"),
+    "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "svhn": ("SVHN", "http://ufldl.stanford.edu/housenumbers/train_32x32.mat and test_32x32.mat"),
 }
 
 
 def load_torchvision(config, held):
     """One of torchvision's data sets, downloaded and checksummed by it."""
     import torchvision.datasets
-    name, address, folder = TORCHVISION[config.dataset]
-    splits = []
+    name, address = TORCHVISION[config.dataset]
+    folder, splits = Path(config.data_path, f"{name}/raw" if "MNIST" in name else ""), []
     for split in ("train", "test"):
         which = {"split": split} if name == "SVHN" else {"train": split == "train"}
         try:                                              # downloads what is not there or damaged
             part = getattr(torchvision.datasets, name)(config.data_path, download=True, **which)
             images = torch.as_tensor(part.data)
             labels = torch.as_tensor(part.labels if name == "SVHN" else part.targets).long()
-            if len(images) != len(labels) or not len(images):
-                raise ValueError(f"{len(images)} images, {len(labels)} labels")
         except Exception as error:                        # torchvision raises all kinds
-            raise Problem(
-                f"{config.dataset}: no intact {split} files under {config.data_path}, and no "
-                f"download ({reason(error)}); put a fresh copy of {address} into "
-                f"{Path(config.data_path, folder)}") from error
+            raise Problem(f"{config.dataset}: no intact {split} files ({reason(error)}); put a "
+                          f"fresh copy of {address} into {folder}") from error
         images = images.unsqueeze(1) if images.dim() == 3 else images
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
         keep = chosen(len(images), config, split)
@@ -131,26 +111,16 @@ LOADERS = {"digits": load_digits, **dict.fromkeys(TORCHVISION, load_torchvision)
 
 
 def load_data(config, device):
-    """The data set of a Config; rank 0 first, which may download.
-
-    The last is kept, while its files are as they were.
-    """
-    names = ("dataset", "data_path", "image_size", "train_images", "test_images", "resample",
-             "hold_out", "class_list", "unreadable")
-    fields = {**{name: getattr(config, name) for name in names},
-              "augment": "none" if config.augment == "none" else "+",
-              "seed": drawn_by(config, "train")}
-    request = device, tuple(fields.items()), files_now(config)
-    if rank() == 0:
-        read_data(*request)
-    if world() > 1:
-        dist.barrier()
-    return read_data(*request)
+    """The data set of a Config; rank 0 first, which may download."""
+    for first in (True, False):
+        if first == (rank() == 0):
+            data = read_data(config, device)
+        if world() > 1:
+            dist.barrier()
+    return data
 
 
-@functools.lru_cache(maxsize=1)
-def read_data(device, fields, files):
-    config = Config(**dict(fields))
+def read_data(config, device):
     side, whole = config.image_size, config.dataset in ("imagenet", "h-imagenet")
     held = enlarged(side) if config.augment != "none" or whole else side
     splits, classes, source = LOADERS[config.dataset](config, held)
@@ -168,47 +138,25 @@ def read_data(device, fields, files):
     return Data(data_name(config), classes, *halves, side, mean, std, source)
 
 
-def files_now(config):
-    """What distinguishes the image files of a Config from those that lay there before."""
-    if LOADERS[config.dataset] in (load_digits, load_torchvision):
-        return None
-    splits = [split_folder(Path(config.data_path), split) for split in ("train", "test")]
-    files = itertools.chain([config.class_list], *map(files_below, splits))
-    return hash(tuple((file, *file_stamp(file)) for file in files))
-
-
-def check_images(config, data):
-    """Say before training what cannot be learned from these images."""
-    seen = data.train.labels.cpu().bincount(minlength=len(data.classes)).tolist()
-    if empty := [name for name, n in zip(data.classes, seen, strict=True) if not n]:
-        names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
-        told = f"{data.name}: no training image of {count(len(empty), 'class')}, {names}"
-        if config.unreadable == "skip" and not config.train_images:
-            raise Problem(f"{told}, can be read; mend them, or remove the class folders")
-        say(told)
-    if (data.std <= 1e-3).all():
-        say(f"{data.name}: all training images are of one colour, so that nothing tells them apart")
-
-
 def held_out(images, labels):
     """Training images in two, nine tenths and every tenth: sorted classes stay balanced."""
     if len(labels) < 10:
-        raise Problem(f"--hold-out: no tenth of {count(len(labels), 'training image')}")
+        raise Problem(f"--hold-out: every tenth of {len(labels)} training images is none")
     tenth = torch.arange(len(labels)) % 10 == 9
-    return [(images[part] if isinstance(images, Tensor) else images.at(part.nonzero()[:, 0]),
-             labels[part]) for part in (~tenth, tenth)]
+    return [(images[part] if isinstance(images, Tensor)
+             else Subset(images, part.nonzero()[:, 0].tolist()), labels[part])
+            for part in (~tenth, tenth)]
 
 
 def channel_moments(split, device):
     """Mean and deviation of each channel of training images in [0, 1]; of 2,000 of a big set."""
     every = 1 if isinstance(split.images, Tensor) else math.ceil(len(split) / 2000)
-    chunks = torch.arange(0, len(split), every, device=device).split(500)
-    totals = [torch.stack([torch.ones_like(x.mean((0, 2, 3))) * x[:, 0].numel(), x.sum((0, 2, 3)),
-                           x.square().sum((0, 2, 3))]).cpu()
-              for images, _, _ in split.batches(chunks, device) for x in [(images.float() / 255)]]
-    n, total, square = torch.stack(totals).double().sum(0)
-    mean = total / n
-    std = (square / n - mean ** 2).clamp(min=0).sqrt()
+    places, sums = torch.arange(0, len(split), every, device=device), 0
+    for images, _, _ in split.batches(places.split(500), device):
+        x = images.float() / 255
+        sums += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]).cpu().double()
+    mean, square = sums / (len(places) * images[0, 0].numel())
+    std = (square - mean ** 2).clamp(min=0).sqrt()
     return mean.float().to(device), std.clamp(min=1e-3).float().to(device)
 
 
@@ -220,14 +168,12 @@ def shuffle(n, seed, epoch):
     return torch.randperm(n, generator=generator), torch.rand(n, 7, generator=generator)
 
 
-def crop(images, top, left, side, mirror=None):
-    """Cut (B, C, side, side) out of (B, C, R, R), each at its place, mirrored or not (B,)."""
-    steps = torch.arange(side, device=images.device)
-    rows, columns = top[:, None] + steps, left[:, None] + steps          # (B, side)
-    if mirror is not None:
-        columns = torch.where(mirror[:, None], columns.flip(1), columns)
-    b = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[b, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+def crop(images, top, left, side, mirror):
+    """Cut (B, C, side, side) out of (B, C, R, R), each at its place, mirrored where mirror (B,)."""
+    windows = images.unfold(2, side, 1).unfold(3, side, 1)     # (B, C, top, left, side, side)
+    x = windows[torch.arange(len(images), device=images.device), :, top, left]
+    x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(3), x)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def blend(x, y, factor):
@@ -271,7 +217,7 @@ def augmented(images, draws, side, augment, flip):
     if augment == "none":
         place = torch.full_like(place, room // 2)                        # the centre
     if room or flip:
-        images = crop(images, place[:, 0], place[:, 1], side, draws[:, 2] < 0.5 if flip else None)
+        images = crop(images, *place.T, side, (draws[:, 2] < 0.5) & flip)
     x = images.float() / 255
     if augment != "++":
         return x

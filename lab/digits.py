@@ -12,8 +12,7 @@ TYPEFACES = {
         "Sans Sans-Bold Sans-Oblique Sans-BoldOblique SansMono SansMono-Bold SansMono-Oblique "
         "SansMono-BoldOblique Serif Serif-Bold Serif-Italic Serif-BoldItalic").split()]
     + ["cmr10", "cmb10", "cmti10", "cmmi10"],
-    "test": ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
-    + ["cmss10", "cmtt10"],
+    "test": "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta cmss10 cmtt10".split(),
 }
 POSE = {  # the columns of poses, with their lowest and highest value
     "x": (-3, 3),           # the middle of the digit's box, in pixels right of the image's centre

@@ -12,7 +12,6 @@ import math
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +21,9 @@ from lab import figures, measure
 from lab.config import Parser, number
 from lab.data import fit_side, normalised
 from lab.digits import POSE, draw_digits
-from lab.fit import Run
 from lab.results import environment, identity, record
 from lab.runtime import Problem, count, guarded, say, write_file
-from lab.use import test_data, trained
-
-
-def load(path, device="auto"):
-    """A run of train.py, its folder or a checkpoint in it: test images and a network in eval."""
-    config, state, net, device = trained({"resume": str(path), "device": device})
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    data = test_data(config, state, device)
-    return Run(config, data, device, net.requires_grad_(False), net, None, {}, folder)
+from lab.use import load_run
 
 
 def name_of(run):
@@ -288,7 +278,7 @@ def command(words):
     given = parser.parse_args(words)
     if given.name == "robustness" and not importlib.util.find_spec("torchattacks"):
         raise Problem("robustness needs torchattacks: pip install torchattacks")
-    runs = [load(path, given.device) for path in given.runs]
+    runs = [load_run(path, device=given.device) for path in given.runs]
     if given.name == "robustness":
         return robustness(runs, given.images, given.eps)
     for run in runs:

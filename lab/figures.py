@@ -1,12 +1,11 @@
 """Drawing: a canvas, names in any script, a file, the picture of a run, Figures 2 and 4."""
-import io
 import math
 import statistics
 import warnings
 
 import torch
 
-from lab.runtime import Problem, say, write_file
+from lab.runtime import say
 
 COLOURS = (                # Okabe and Ito's, colour-blind safe
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -16,11 +15,11 @@ TYPEFACES = (              # of text: of those installed, the first that has a c
     "Arial Unicode MS", "Hiragino Sans GB", "Noto Emoji")                           # macOS; any
 
 
-def canvas(rows, columns, width=10, height=3.2):
+def canvas(rows, columns, width=10, height=3.2, **options):
     """A figure outside pyplot's global state, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def shortened(name, longest):
@@ -37,12 +36,10 @@ def save_figure(figure, path):
     installed = [name for name in TYPEFACES if name in fontManager.get_font_names()]
     for text in figure.findobj(Text):
         text.set_family(installed)
-    buffer = io.BytesIO()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(buffer, dpi=110, format="png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, buffer.getvalue())
+        figure.savefig(path, dpi=110, format="png")
     say(f"wrote {path}")
 
 
@@ -89,22 +86,18 @@ def draw_run(title, chance, history, images, answers, labels, classes, path):
 def draw_figure2(lines, title, path):
     """Rows: routings; columns: moments.  Grey: % of votes, blue: their mean length.   [Fig. 2]"""
     lines = {name: found[0]["moments"] for name, found in lines.items()}
-    figure, axes = canvas(len(lines), max(map(len, lines.values())), height=2.6)
+    figure, axes = canvas(len(lines), max(map(len, lines.values())), height=2.6, sharey=True)
     figure.suptitle(shortened(title, 120), fontsize=10)
-    top = 1.05 * max(max(moment["percent"]) for moments in lines.values() for moment in moments)
     for row, (name, moments) in zip(axes, lines.items(), strict=True):
         for axis, moment in zip(row, moments, strict=False):
             shares, bins = moment["percent"], len(moment["percent"])
             centres = [(2 * k + 1) / bins - 1 for k in range(bins)]
             axis.bar(centres, shares, 2 / bins, color="0.75")
-            axis.set_ylim(0, top)
             axis.set_title(f"{name}, epoch {moment['epoch']}", fontsize=9)
-            axis.tick_params(labelsize=7)
             twin = axis.twinx()
             twin.plot(centres, [length if share else math.nan for length, share in zip(
                 moment["length"], shares, strict=True)], color=COLOURS[0])
             twin.set_ylim(bottom=0)
-            twin.tick_params(labelsize=7, labelcolor=COLOURS[0])
         row[0].set_ylabel("% of votes (grey)", fontsize=8)
         twin.set_ylabel("length of votes (blue)", fontsize=8)
     figure.supxlabel("cosine of vote and class capsule", fontsize=8)
@@ -144,54 +137,3 @@ def draw_series(axis, series, bars=interval, **labels):
                       color=COLOURS[k % 7], label=label)
     axis.set(**labels)
     axis.grid(alpha=0.3)
-
-
-def draw_few(parts, path):
-    """Paired difference to the row without feedback, seed by seed, against the number of images.
-
-    parts: [(data, {row: {column: {seed: error}}}), ...]; drawn are rows of the first with a line
-    """
-    data, rows = parts[0]
-    base, gains = rows.get("no feedback", {}), {}
-    for row, cells in rows.items():
-        for images, errors in cells.items():
-            pairs = [error - base[images][seed] for seed, error in errors.items()
-                     if seed in base.get(images, {})]
-            if pairs and row != "no feedback":
-                gains.setdefault(row, {})[int(images)] = pairs
-    if not gains:
-        raise Problem("the row 'no feedback' and another with its seeds and images are missing: "
-                      "python train.py --table few --seeds 3", 1)
-    gains = {row: points for row, points in gains.items() if len(points) > 1} or gains
-    figure, ((axis,),) = canvas(1, 1, width=7, height=3.6)
-    draw_series(axis, gains, title=shortened(data, 60), xscale="log", xlabel="training images",
-                ylabel="error, less that without feedback\n(points of %, mean and 95 % interval)")
-    axis.set_xticks(list(map(int, base)), list(base))
-    axis.set_xticks([], minor=True)
-    axis.axhline(0, color="0.5", lw=0.8)
-    axis.legend(fontsize=8)
-    save_figure(figure, path)
-
-
-def draw_routing(parts, path):
-    """Error against routing iterations, one panel per part whose rows are their number.
-
-    parts: [(data, {row: {column: {seed: error}}}), ...]
-    """
-    parts = [(data, rows) for data, rows in parts if rows and all(map(str.isdigit, rows))]
-    if not parts:
-        raise Problem("the rows 1, 2, 3 and 5 are missing: "
-                      "python train.py --table routing --seeds 3", 1)
-    figure, axes = canvas(1, len(parts), width=5 * len(parts), height=3.6)
-    for axis, (data, rows) in zip(axes[0], parts, strict=True):
-        series = {}
-        for iterations, cells in rows.items():
-            for column, errors in cells.items():
-                series.setdefault(column, {})[int(iterations)] = list(errors.values())
-        draw_series(axis, series, title=shortened(data, 60), xlabel="routing iterations",
-                    ylabel="error (%), mean and 95 % interval", xticks=(1, 2, 3, 5))
-    top = max(axis.get_ylim()[1] for axis in axes[0])
-    for axis in axes[0]:
-        axis.set_ylim(0, top)
-    axes[0, 0].legend(fontsize=8)
-    save_figure(figure, path)

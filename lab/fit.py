@@ -12,37 +12,27 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import encapnet
 from lab import checkpoint, measure
 from lab.config import PEERS, Config, tested_on, with_epochs
-from lab.data import Data, augmented, check_images, load_data, normalised, shuffle
+from lab.data import Data, augmented, load_data, normalised, shuffle
 from lab.figures import draw_run
 from lab.results import environment, record
 from lab.runtime import Problem, count, rank, say, start, world, write_file
 
 # ---- The network ---------------------------------------------------------------------------------
 
-class Peer(nn.Module):
-    """A torchvision network with our interface: (logits, no feedback)."""
-
-    logits = True
-
-    def __init__(self, name, num_classes, **keywords):
-        super().__init__()
-        import torchvision
-        self.net = getattr(torchvision.models, name)(num_classes=num_classes, **keywords)
-
-    def forward(self, x):
-        logits = self.net(x)
-        return logits, logits.new_zeros(())
-
-
 def make_model(config, classes, channels):
     try:
         if config.model in PEERS:
-            return Peer(config.model, classes, **{**PEERS[config.model], **config.set})
+            import torchvision
+            net = getattr(torchvision.models, config.model)(
+                num_classes=classes, **{**PEERS[config.model], **config.set})
+            net.logits = True                             # our interface: (logits, no feedback)
+            net.register_forward_hook(lambda net, given, out: (out, out.new_zeros(())))
+            return net
         return encapnet.build(config.model, classes, channels, config.image_size, **config.set)
     except (ValueError, TypeError) as error:
         raise Problem(f"model {config.model}: {error}") from error
@@ -59,7 +49,7 @@ def start_from(run, path):
     """The weights of --init RUN; where the classes are others, the class layer keeps its own."""
     state = checkpoint.load_checkpoint(path)
     same = state["data"]["classes"] == run.data.classes
-    keep = () if same else class_layer(run.config, len(run.data.classes), run.data.channels)
+    keep = () if same else class_layer(run.config, len(run.data.classes), len(run.data.mean))
     checkpoint.load_weights(run.net, state, f"--init {path}", keep)
     say(f"weights of {path}, after {count(state['epoch'], 'epoch')}"
         + ("" if same else "; its classes are others: the class layer starts anew"))
@@ -81,7 +71,6 @@ class Run:
     folder: Path = None
     signals: list = ()             # caught, to act on after the step
     saved: float = 0.0             # when
-    bad: Tensor = None             # first step of the epoch with such a loss, feedback; inf: none
     # --------------------------------------------------------------------------------------------
     epoch: int = 0                 # completed
     step: int = 0                  # completed in this epoch
@@ -124,7 +113,7 @@ def learning_rate(config, progress):
 def make_optimizer(config, parameters, device):
     fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
     return {
-        "adam": lambda p, **kw: torch.optim.Adam(p, betas=(0.9, 0.999), **fused, **kw),
+        "adam": lambda p, **kw: torch.optim.Adam(p, **fused, **kw),
         "rmsprop": torch.optim.RMSprop,
         "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.9, **fused, **kw),
     }[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -171,16 +160,15 @@ def train_epoch(run):
     order, draws = (t.to(run.device) for t in shuffle(len(split), config.seed, run.epoch))
     chunks = [order[k * run.batch:(k + 1) * run.batch][rank()::world()] for k in range(run.steps)]
     batches = split.batches(chunks[run.step:], run.device, config.workers)
-    run.bad.fill_(math.inf)
     run.net.train()
     with tqdm(batches, f"epoch {run.epoch + 1}/{config.epochs}", run.steps, initial=run.step,
-              leave=False, file=sys.stdout, disable=no_bar()) as bar:
+              leave=False, file=sys.stdout, disable=True if rank() else None) as bar:
         for images, labels, index in bar:
+            torch.manual_seed(config.seed * 1_000_003 + run.epoch * run.steps + run.step)  # dropout
             values = train_step(run, images, labels, draws[index])
             run.step += 1
             run.totals[0] += 1
             run.totals[1:] += values
-            run.bad = run.bad.where(values[:2].isfinite(), run.bad.clamp(max=run.step))
             if run.step % config.print_freq == 0 or run.step == run.steps:
                 checkpoint.check_finite(run)
                 if not bar.disable:
@@ -198,11 +186,6 @@ def train_epoch(run):
                               f"--resume {run.folder}", 128 + caught)
 
 
-def no_bar():
-    """For tqdm: a terminal and a notebook have a bar (None: look at the file), a file has not."""
-    return True if rank() else False if "ipykernel" in sys.modules else None
-
-
 def clock(seconds):
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}h{rest // 60:02}m" if hours else f"{rest // 60}m{rest % 60:02}s"
@@ -213,13 +196,7 @@ def clock(seconds):
 def build_run(config, data, device):
     """A network with all that its training needs, before the first step."""
     torch.manual_seed(config.seed)
-    net = make_model(config, len(data.classes), data.channels).to(device)
-    if config.channels_last and device.type == "cpu" and any(
-            isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
-            and m.in_channels < 8 for m in net.modules()):
-        say("--channels-last: off, torch crashes in this network's narrow strided 1x1 "
-            "convolutions on a CPU")
-        config = dataclasses.replace(config, channels_last=False)
+    net = make_model(config, len(data.classes), len(data.mean)).to(device)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     if world() > 1 and device.type == "cuda":             # on a CPU each process has its own
@@ -230,8 +207,7 @@ def build_run(config, data, device):
     double = torch.float32 if device.type == "mps" else torch.float64
     header = {"config": dataclasses.asdict(config), "environment": environment(device)}
     return Run(config, data, device, net, model, optimizer, header,
-               totals=torch.zeros(6, dtype=double, device=device),
-               bad=torch.full((2,), math.inf, device=device))
+               totals=torch.zeros(6, dtype=double, device=device))
 
 
 def begin(run, state):
@@ -268,12 +244,11 @@ def finish_epoch(run, since, images):
     n, *sums = run.totals.tolist()
     loss, feedback, wrong, norm, clipped = (total / n for total in sums)
     test = measure.evaluate(run)
-    lr = run.optimizer.param_groups[0]["lr"]
     run.seconds += time.monotonic() - since
     run.epoch, run.step = run.epoch + 1, 0
     run.totals.zero_()
-    entry = {"epoch": run.epoch, "lr": lr, "loss": loss, "feedback": feedback,
-             "gradient_norm": norm, "clipped_percent": 100 * clipped,
+    entry = {"epoch": run.epoch, "lr": run.optimizer.param_groups[0]["lr"], "loss": loss,
+             "feedback": feedback, "gradient_norm": norm, "clipped_percent": 100 * clipped,
              "train_error": 100 * wrong, "test_error": test["error"],
              "test_top5_error": test["top5_error"], "told_apart": measure.told_apart(run),
              "time": {"seconds": run.seconds, "images_per_second": images}}
@@ -283,8 +258,7 @@ def finish_epoch(run, since, images):
     gradient = f"gradient {norm:.2g}" + f", {100 * clipped:.0f} % clipped" * (run.config.clip > 0)
     say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss:.4f}  feedback {feedback:.4f}  "
         f"{gradient}  error: train {100 * wrong:5.2f} %  {tested_on(run.config)} "
-        f"{test['error']:5.2f} %  "
-        f"{images:,.0f} images/s  {clock(left)} left")
+        f"{test['error']:5.2f} %  {images:,.0f} images/s  {clock(left)} left")
     if run.epoch == run.config.epochs:
         checkpoint.save(run)
     checkpoint.write_log(run)
@@ -292,21 +266,14 @@ def finish_epoch(run, since, images):
 
 def finish(run):
     """The result of a finished run, recorded in its folder and in runs/results.jsonl."""
-    config, last = run.config, (run.history or [{}])[-1]
-    multi_crop = config.augment != "none"
+    config, multi_crop = run.config, run.config.augment != "none"
     test = measure.evaluate(run, multi_crop)
-    best = min(run.history, key=lambda e: e["test_error"], default={})
     result = {
-        "data": run.data.name, "model": config.model, "recipe": config.recipe, "seed": config.seed,
-        "epochs": config.epochs, **test, "multi_crop": multi_crop,
+        "seed": config.seed, "epochs": config.epochs, **test, "multi_crop": multi_crop,
         "outcome": "at chance" if measure.at_chance(run, test["error"]) else "ok",
         "unbalanced": measure.unbalanced(run.data.train.labels),
-        **{name: last.get(name) for name in ("train_error", "loss", "feedback")},
-        "best_by_test_error": {k: best.get(k) for k in ("epoch", "test_error")},
         "parameters": sum(p.numel() for p in run.net.parameters()),
-        "seconds": round(run.seconds, 1),
-        "folder": str(run.folder), "config": run.header["config"],
-        "environment": run.header["environment"],
+        "seconds": round(run.seconds, 1), "folder": str(run.folder), **run.header,
         "curves": {k: [e[k] for e in run.history]
                    for k in ("loss", "feedback", "train_error", "test_error")},
         "moments": run.moments, "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -321,40 +288,33 @@ def finish(run):
 
 
 def fit(config):
-    """Train as the Config says, from the start or where its folder stopped -> the result, plain.
-
-    The same output_dir goes on, whoever asks: --resume, the same command, torchrun's restart.
-    """
+    """Train as the Config says, from the start or where its output_dir stopped -> the result."""
     device = start(config)
     folder = [config.output_dir or (checkpoint.numbered_folder(config) if rank() == 0 else "")]
     if world() > 1:
         dist.broadcast_object_list(folder)
-    with checkpoint.locked(Path(folder[0])):              # before images are read for an hour
-        return fit_in(Path(folder[0]), config, device)
-
-
-def fit_in(folder, config, device):
-    data = load_data(config, device)
-    check_images(config, data)
-    if config.steps:
-        epochs = round(config.steps * batch_size(config, len(data.train)) / len(data.train))
-        config = dataclasses.replace(with_epochs(config, max(1, epochs)), steps=0)
-    run = build_run(config, data, device)
-    run.folder = folder
-    state = checkpoint.load_checkpoint(folder) if checkpoint.begun(folder) else None
-    if state:
-        checkpoint.check_same(config, data, state, folder)
-        result = folder / "result.json"
-        if state["epoch"] == config.epochs and result.exists():
-            say(f"{folder} is already finished")
-            return json.loads(result.read_text())
-    elif config.init:
-        start_from(run, config.init)
-    with checkpoint.caught_signals() as run.signals:
-        begin(run, state)
-        while run.epoch < config.epochs:
-            since, before = time.monotonic(), run.step
-            train_epoch(run)
-            speed = (run.steps - before) * run.batch / max(1e-9, time.monotonic() - since)
-            finish_epoch(run, since, speed)
-        return finish(run)
+    folder = Path(folder[0])
+    with checkpoint.locked(folder):                       # before images are read for an hour
+        data = load_data(config, device)
+        if config.steps:
+            epochs = round(config.steps * batch_size(config, len(data.train)) / len(data.train))
+            config = dataclasses.replace(with_epochs(config, max(1, epochs)), steps=0)
+        run = build_run(config, data, device)
+        run.folder = folder
+        state = checkpoint.load_checkpoint(folder) if checkpoint.begun(folder) else None
+        if state:
+            checkpoint.check_same(config, data, state, folder)
+            result = folder / "result.json"
+            if state["epoch"] == config.epochs and result.exists():
+                say(f"{folder} is already finished")
+                return json.loads(result.read_text())
+        elif config.init:
+            start_from(run, config.init)
+        with checkpoint.caught_signals() as run.signals:
+            begin(run, state)
+            while run.epoch < config.epochs:
+                since, before = time.monotonic(), run.step
+                train_epoch(run)
+                speed = (run.steps - before) * run.batch / max(1e-9, time.monotonic() - since)
+                finish_epoch(run, since, speed)
+            return finish(run)

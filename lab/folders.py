@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset, Subset
 
 from lab.runtime import Problem, count, reason, say
 
-HELD_BYTES = 4 << 30          # folders up to this size are decoded once and held
+HELD_BYTES = 2 << 30          # folders up to this size are decoded once and held
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
             ".webp")
 FULL_SCALES = (1, 2 ** 8 - 1, 2 ** 12 - 1, 2 ** 16 - 1)          # of white in one-channel images
@@ -32,20 +33,6 @@ def chosen(n, config, split):
     return order[:wanted].sort().values if wanted else torch.arange(n)
 
 
-def as_rgb(image):
-    """A PIL image of any mode, upright; on white where it is transparent."""
-    from PIL import Image, ImageOps
-    image.load()                                          # raises where pixels are damaged
-    with contextlib.suppress(Exception):                  # a damaged EXIF block raises anything
-        image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":                             # 16 or 32 bits, whichever way stored
-        image = Image.fromarray(as_bytes(np.asarray(image.convert("F"))))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def as_bytes(values):
     """Numbers of an image in one of the usual ranges, the smallest that holds them -> uint8."""
     low, high = values.min(), values.max()
@@ -57,18 +44,25 @@ def as_bytes(values):
 
 def decode(file, side, box=None):
     """An image file, PIL image or array (H, W) or (H, W, 3 or 4) of any kind -> (3, side, side)
-    uint8: short side resized, centre cropped.
+    uint8: upright, on white where it is transparent, short side resized, centre cropped.
 
     box: (left, top, right, bottom) to cut out first
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
     if isinstance(file, np.ndarray):
         file = Image.fromarray(file if file.dtype == np.uint8 else as_bytes(file))
     with contextlib.nullcontext(file) if isinstance(file, Image.Image) else \
             Image.open(file) as image:                    # PIL refuses what is too large
-        image = as_rgb(image)
-    image = image.crop(box) if box else image
+        image.load()                                      # raises where pixels are damaged
+        with contextlib.suppress(Exception):              # a damaged EXIF block raises anything
+            image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                             # 16 or 32 bits, whichever way stored
+        image = Image.fromarray(as_bytes(np.asarray(image.convert("F"))))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB").crop(box) if box else image.convert("RGB")
     scale = side / min(image.size)
     width, height = (max(side, round(s * scale)) for s in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -76,7 +70,7 @@ def decode(file, side, box=None):
     return pil_to_tensor(image.crop((left, top, left + side, top + side)))
 
 
-class Files(torch.utils.data.Dataset):
+class Files(Dataset):
     """Image files, decoded when asked for.   samples: [(path, box to cut out or None)]"""
 
     def __init__(self, samples, side):
@@ -85,16 +79,12 @@ class Files(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.samples)
 
-    def at(self, places):
-        """Those at these places alone."""
-        return Files([self.samples[k] for k in places], self.side)
-
     def __getitem__(self, k):
         path, box = self.samples[k]
         try:
             return decode(path, self.side, box)
         except Exception as error:
-            raise Problem(f"cannot read {path}: {reason(error)}", 1) from error
+            raise OSError(f"cannot read {path}: {reason(error)}") from error
 
 
 def split_folder(root, split):
@@ -106,64 +96,27 @@ def split_folder(root, split):
                   f"and {root}/test/CLASS/*.jpg (or val)")
 
 
-def shown(folder):
-    """What lies in a folder, by name, but for what is hidden or a system's own."""
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if entry.name[0] != "."
-                       and entry.name != "__MACOSX"), key=lambda entry: entry.name)
-
-
-def leads_back(path, above):
-    """Whether a folder is, by a link, one of these or one in which one of these lies."""
-    there = Path(path).resolve()
-    return any(folder.is_relative_to(there) for folder in above)
+def shown(names):
+    """Names in order, but for what is hidden or a system's own."""
+    return sorted(name for name in names if name[0] != "." and name != "__MACOSX")
 
 
 def class_folders(folder):
-    found = [entry.name for entry in shown(folder)
-             if entry.is_dir() and not leads_back(entry.path, [folder.resolve()])]
+    found = [name for name in shown(os.listdir(folder)) if (folder / name).is_dir()]
     if not found:
         raise Problem(f"{folder} has no class folders: images go to {folder}/CLASS/*.jpg")
     return found
 
 
-def files_below(folder, above=()):
-    """Paths of the files in a folder and its folders, without going round in circles of links."""
-    above = (*above, Path(folder).resolve())
-    for entry in shown(folder):
-        if not entry.is_dir():
-            yield entry.path
-        elif not leads_back(entry.path, above):
-            yield from files_below(entry.path, above)
+def files_below(folder):
+    """Paths of the files in a folder and in its folders, but not in those that are links."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = shown(folders)
+        yield from (os.path.join(place, name) for name in shown(names))
 
 
 def is_image(path):
     return path.lower().endswith(SUFFIXES)
-
-
-def image_files(folder, classes):
-    """(path, place in classes) of every image, in the order of class names and file names."""
-    files = [(path, k) for k, name in enumerate(classes) if (folder / name).is_dir()
-             for path in files_below(folder / name, [folder.resolve()])]
-    if others := [Path(path).suffix or path for path, _ in files if not is_image(path)]:
-        say(f"{folder}: {count(len(others), 'file')} passed over, not images by their names "
-            f"({', '.join(sorted(set(others)))[:80]})")
-    return [(path, k) for path, k in files if is_image(path)]
-
-
-def file_stamp(path):
-    """Size and time of a file; of a link to nothing nothing."""
-    try:
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
-    except OSError:
-        return 0, 0
-
-
-def fingerprint(files):
-    """What identifies own images: classes, counts, names and sizes of files, not where they lie."""
-    known = [(Path(path).name, k, file_stamp(path)[0]) for path, k in files]
-    return f"{len(files)} files {hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
 
 
 def read_images(files, folder, unreadable):
@@ -171,28 +124,25 @@ def read_images(files, folder, unreadable):
     fits, n = len(files) * 3 * files.side ** 2 <= HELD_BYTES, count(len(files), "image")
     if not fits and unreadable == "trust":
         return files, range(len(files))
-    say(f"reading {n} of {folder}" if fits else
-        f"checking {n} of {folder} (--unreadable trust: do not)")
-    images, bad = torch.empty(len(files) * fits, 3, files.side, files.side, dtype=torch.uint8), {}
+    say(f"{'reading' if fits else 'checking'} {n} of {folder}")
 
     def read(k):
         try:
             pixels = files[k]
-            if fits:
-                images[k] = pixels
-        except Problem as problem:
-            bad[k] = str(problem).removeprefix("cannot read ")
+            return pixels if fits else None
+        except OSError as error:
+            return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, range(len(files))))
-    keep = [k for k in range(len(files)) if k not in bad]
-    if not bad:
-        return images if fits else files, keep
-    report = f"{len(bad)} of {n} cannot be read: {'; '.join(bad[k] for k in sorted(bad)[:3])}"
-    if unreadable != "skip" or not keep:
-        raise Problem(f"{report}; mend or remove them, or --unreadable skip")
-    say(f"skipped: {report}")
-    return images[keep] if fits else files.at(keep), keep
+        found = list(pool.map(read, range(len(files))))
+    bad = [str(x).removeprefix("cannot read ") for x in found if isinstance(x, OSError)]
+    keep = [k for k, x in enumerate(found) if not isinstance(x, OSError)]
+    if bad:
+        report = f"{len(bad)} of {n} cannot be read: {'; '.join(bad[:3])}"
+        if unreadable != "skip" or not keep:
+            raise Problem(f"{report}; mend or remove them, or --unreadable skip")
+        say(f"skipped: {report}")
+    return torch.stack([found[k] for k in keep]) if fits else Subset(files, keep), keep
 
 
 def load_folder(config, held):
@@ -206,10 +156,13 @@ def load_folder(config, held):
 
 def load_classes(config, held, classes, boxes):
     """Images of these classes, or what is in their boxes: {name of an image: [box]}."""
-    splits, known = [], []
+    splits, sources = [], []
     for split in ("train", "test"):
         folder = split_folder(Path(config.data_path), split)
-        files = image_files(folder, classes)
+        files = [(path, k) for k, name in enumerate(classes) for path in files_below(folder / name)]
+        if others := {Path(path).suffix for path, _ in files if not is_image(path)}:
+            say(f"{folder}: passed over, not images by their names: *{', *'.join(sorted(others))}")
+        files = [(path, k) for path, k in files if is_image(path)]
         samples = [((path, box), k) for path, k in files
                    for box in boxes.get(Path(path).stem, [None])]
         seen = {k for _, k in samples}
@@ -218,38 +171,15 @@ def load_classes(config, held, classes, boxes):
             if split == "train" or not samples:
                 raise Problem(f"{told} (known by their names: {' '.join(SUFFIXES)})")
             say(f"{told}: not tested")
-        known.append(fingerprint(files))
+        names = json.dumps([(Path(path).name, k, os.path.getsize(path)) for path, k in files])
+        sources.append(f"{len(files)} files {hashlib.sha256(names.encode()).hexdigest()[:16]}")
         samples = [samples[k] for k in chosen(len(samples), config, split)]
         images, keep = read_images(Files([s for s, _ in samples], held), folder, config.unreadable)
         splits.append((images, torch.tensor([samples[k][1] for k in keep])))
-    return splits, classes, " + ".join(known)
+    return splits, classes, " + ".join(sources)
 
 
 # ---- h-ImageNet   [Sec. 5] -----------------------------------------------------------------------
-
-def hard_classes(config, root):
-    """The classes of --class-list; else of the authors' 200 those that there are.
-
-    On these a ResNet-18's top-1 error is highest; hardest first.  The list is the file
-    data/imagenet/top1_hardest_200_cls.txt of github.com/hli2020/nn_encapsulation, commit 2898d2f.
-    """
-    file = Path(config.class_list or Path(__file__).with_name("h-imagenet-classes.txt"))
-    try:
-        classes = file.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"--class-list {file}: {error}") from error
-    if config.class_list:
-        return classes
-    folder = split_folder(root, "train")
-    here = set(class_folders(folder))
-    found = [name for name in classes if name in here]
-    if not found:
-        raise Problem(f"{folder} has none of the paper's 200 hard classes, {classes[0]} and so on; "
-                      "name others with --class-list FILE")
-    if len(found) < len(classes):
-        say(f"{folder}: {len(found)} of the paper's {len(classes)} hard classes")
-    return found
-
 
 def annotated_boxes(root, padding=0.1, smallest=50):
     """{image name: its boxes (left, top, right, bottom), enlarged}, from ImageNet's annotations.
@@ -267,8 +197,7 @@ def annotated_boxes(root, padding=0.1, smallest=50):
                 kept = boxes.setdefault(file.stem, [])
                 if min(right - left, bottom - top) >= smallest:
                     dx, dy = padding * (right - left), padding * (bottom - top)
-                    enlarged_box = (left - dx, top - dy, right + dx, bottom + dy)
-                    kept.append(tuple(map(round, enlarged_box)))
+                    kept.append(tuple(map(round, (left - dx, top - dy, right + dx, bottom + dy))))
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise Problem(f"annotation {file} is damaged: {error}") from error
     return boxes
@@ -277,7 +206,10 @@ def annotated_boxes(root, padding=0.1, smallest=50):
 def load_h_imagenet(config, held):
     """255,725 + 17,101 images in the paper: hard classes, objects cut out by their boxes. [Sec. 5]
 
+    The 200 classes are those on which a ResNet-18's top-1 error is highest, hardest first: the file
+    data/imagenet/top1_hardest_200_cls.txt of github.com/hli2020/nn_encapsulation, commit 2898d2f.
     An image without annotations is taken whole; one whose boxes are all small is left out.
     """
-    root = Path(config.data_path)
-    return load_classes(config, held, hard_classes(config, root), annotated_boxes(root))
+    file = Path(config.class_list or Path(__file__).with_name("h-imagenet-classes.txt"))
+    return load_classes(config, held, file.read_text().split(),
+                        annotated_boxes(Path(config.data_path)))

@@ -1,5 +1,4 @@
 """The paper's tables and figures, and studies of ours, as data: rows are changes to Config."""
-from pathlib import Path
 from typing import NamedTuple
 
 import encapnet
@@ -13,7 +12,7 @@ class Part(NamedTuple):
     title: str
     base: dict
     columns: dict          # name: changes
-    rows: list             # (name, changes, {column: the paper's error in %});  None: quoted there
+    rows: list             # (name, changes, {column: the paper's error in %})
     own_data: bool = False           # stays on its data set when --dataset asks for another
     study: bool = False              # ours, not the paper's: every cell is run, nothing beside it
 
@@ -31,6 +30,7 @@ CIFAR10, MNIST = dict(dataset="cifar10"), dict(dataset="mnist")
 SETS = ("cifar10", "cifar100", "svhn")
 CAPNET = {"CapNet": model_row("capnet-dynamic")}
 LOSSES = {"spread, fix m": "spread-fixed", "spread": "spread", "margin": "margin", "CE loss": "ce"}
+OPTIMIZERS = {name: dict(optimizer=name.lower()) for name in ("RMSProp", "SGD", "Adam")}
 DEEP = dict(feedback=0, coefficients="both", skip="both")    # Table 3's EncapNet without a unit
 TABLES = {
     "1": [Part("six-layer networks", {}, {"cifar10": CIFAR10, "mnist": MNIST}, [
@@ -71,7 +71,6 @@ TABLES = {
               {"EncapNet": model_row("encapnet", **DEEP)}, {
         **{f"aide kernel {k} in both types": dict(set=dict(aide_kernel=k)) for k in (3, 7)},
         "both coefficients fixed at 1": dict(set=dict(coefficients="fixed")),
-        "squash in each branch": dict(set=dict(squash_branches=True)),
         **{f"OT loss, lambda {lam:g}": dict(lam=lam, set=dict(feedback=1))
            for lam in (0.1, 1.0, 10.0)},
         "OT loss as in the authors' logs: lambda 20, l2, eps 1, vanilla g": dict(
@@ -81,14 +80,7 @@ TABLES = {
              {name: dict(dataset=name) for name in SETS},
              [(f"EncapNet{a}", dict(augment=a or "none"), dict(zip(SETS, p, strict=True)))
               for a, *p in (("", 4.55, 26.77, 2.01), ("+", 3.13, 24.01, 1.64),
-                            ("++", 3.10, 24.18, 1.52))]
-             + [(name, None, dict(zip(SETS, p, strict=True))) for name, *p in (
-                 ("GoodInit", 5.84, 27.66, None), ("BayesNet", 6.37, 27.40, None),
-                 ("ResNet", 6.43, None, None), ("ELU", 6.55, 24.28, None),
-                 ("Batch NIN", 6.75, 28.86, 1.81), ("Rec-CNN", 7.09, 31.75, 1.77),
-                 ("Piecewise", 7.51, 30.83, None), ("DSN", 8.22, 34.57, 1.92),
-                 ("NIN", 8.80, 35.68, 2.35), ("dasNet", 9.22, 33.78, None),
-                 ("Maxout", 9.35, 38.57, 2.47), ("AlexNet", 11.00, None, None))]),
+                            ("++", 3.10, 24.18, 1.52))]),
         Part("h-ImageNet, top-1", dict(dataset="h-imagenet"), {"h-ImageNet": {}}, [
             (name, dict(model=model, image_size=side, augment=augment), {"h-ImageNet": error})
             for name, model, side, augment, error in (
@@ -111,9 +103,7 @@ TABLES = {
         Part("initial routing coefficients", CIFAR10, CAPNET, [
             (b, dict(set=dict(b_init=b)), {"CapNet": error})
             for b, error in (("random", 14.35), ("zero", 14.28), ("learnable", 14.11))]),
-        Part("loss and optimizer", dict(CIFAR10, **model_row("capnet-dynamic")),
-             {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd"),
-              "Adam": dict(optimizer="adam")}, [
+        Part("loss and optimizer", dict(CIFAR10, **model_row("capnet-dynamic")), OPTIMIZERS, [
             (name, dict(loss=LOSSES[name]), dict(RMSProp=rmsprop, SGD=sgd, Adam=adam))
             for name, rmsprop, sgd, adam in (
                 ("spread, fix m", 15.61, 15.38, 14.97), ("spread", 15.02, 14.87, 14.50),
@@ -122,69 +112,37 @@ TABLES = {
 
 # ---- Studies: tables of ours, run, resumed and rendered like the paper's -------------------------
 
-FEW = dict(dataset="mnist", image_size=16, resample=True, test_images=2000, batch_size=50,
-           schedule="one-cycle", lr=3e-3, clip=1.0, lam=0.0,
-           **model_row("encapnet", types=4, depths=(1, 1, 1), dims=(2, 4, 8, 16), feedback=1))
-RATES = (0.01, 0.03, 0.1)                                               # beside FEW's 0.003
-FEW_SIZES = {"200": dict(train_images=200, epochs=60), "500": dict(train_images=500, epochs=30),
-             "1000": dict(train_images=1000, epochs=20), "2000": dict(train_images=2000, epochs=10),
-             "5000": dict(train_images=5000, epochs=5)}
-PHOTOGRAPHS = dict(dataset="folder", data_path="data/cifar10-jpeg")
 # The setting of all tables on photographs.  Table 3's too: as flags, with --augment + --flip
-SMALL = dict(PHOTOGRAPHS, image_size=16, train_images=20000, epochs=5, batch_size=64,
-             schedule="one-cycle", lr=3e-3, clip=1.0, set=dict(types=4))
+SMALL = dict(dataset="folder", data_path="data/cifar10-jpeg", image_size=16, train_images=20000,
+             epochs=5, batch_size=64, schedule="one-cycle", lr=3e-3, clip=1.0, set=dict(types=4))
 ROUTING = dict(dataset="mnist", train_images=6000, test_images=2000, batch_size=64,
                schedule="one-cycle", lr=3e-3, set=dict(types=4))
 LOSS_STUDY = dict(ROUTING, model="capnet-dynamic", image_size=16, epochs=2)
 SGD_RATE = 1.0                                    # chosen by the second part of the study of losses
-ROUTINGS = {f"{name}{', fifth convolution' * fifth}": model_row(model, fifth_conv=fifth)
-            for name, model in (("dynamic", "capnet-dynamic"), ("EM", "capnet-em"))
-            for fifth in (False, True)}
+ROUTINGS = {"dynamic": model_row("capnet-dynamic"), "EM": model_row("capnet-em")}
 
 TABLES |= {
     "lambda": [study(
         "feedback weight of the default run, error on every tenth training image",
         dict(dataset="digits", model="encapnet-small", hold_out=True), {"error": {}},
         {f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)})],
-    "few": [study(
-        "the feedback unit where images are few: MNIST at 16x16, one column per number of training "
-        "images, drawn anew for every seed", FEW, FEW_SIZES,
-        {"no feedback": {},
-         **{f"no feedback, rate {lr:g}": dict(lr=lr) for lr in (0.001, *RATES)},
-         **{f"OT, lambda {lam:g}": dict(lam=lam) for lam in (1.0, 10.0, 30.0)},
-         "KL, lambda 10": dict(lam=10.0, set=dict(divergence="kl")),
-         "weight decay 5e-3": dict(weight_decay=5e-3), "shifts (+)": dict(augment="+"),
-         **{f"OT, lambda 10, rate {lr:g}": dict(lam=10.0, lr=lr) for lr in RATES}}), study(
-        "which part of the unit: 200 images, lambda 10", dict(FEW, lam=10.0),
-        {"200": FEW_SIZES["200"]},
-        {"no bias fix (d1)": dict(set=dict(bias_fix=False)),
-         "gradient of the plan (d2)": dict(set=dict(plan_grad=True)),
-         "raw pixels (d3)": dict(set=dict(extractor=False)),
-         "vanilla generator (d4)": dict(set=dict(generator="vanilla")),
-         "l2 cost (d5)": dict(set=dict(cost="l2")), "two units": dict(set=dict(feedback=2)),
-         "eps 1": dict(set=dict(eps=1.0))}), study(
-        "photographs: cifar10-jpeg at 32x32, one column per number of training images",
-        dict(FEW, **PHOTOGRAPHS, image_size=32),
-        {images: FEW_SIZES[images] for images in ("500", "2000")},
-        {"no feedback": {}, "OT, lambda 10": dict(lam=10.0)}, own_data=True)],
     "routing": [study(
         f"routing iterations: MNIST at {side}x{side}, 6,000 images, {epochs} epochs, 4 types",
         dict(ROUTING, image_size=side, epochs=epochs), ROUTINGS,
         {str(r): dict(set=dict(iterations=r)) for r in (1, 2, 3, 5)})
         for side, epochs in ((16, 2), (32, 4))] + [study(
         "the softmax over j, which did not converge in the paper: MNIST at 16x16, 3 iterations",
-        dict(ROUTING, image_size=16, epochs=2), dict(list(ROUTINGS.items())[:2]),
+        dict(ROUTING, image_size=16, epochs=2), ROUTINGS,
         {"over j": dict(set=dict(softmax="out"))}), study(
         "initial routing coefficients: MNIST at 16x16, 3 iterations",
-        dict(ROUTING, image_size=16, epochs=2), dict(list(ROUTINGS.items())[:2]),
+        dict(ROUTING, image_size=16, epochs=2), ROUTINGS,
         {"random": dict(set=dict(b_init="random")),
          "zero": dict(set=dict(iterations=3)),                           # the runs of row 3
          "learnable": dict(set=dict(b_init="learnable"))})],
     "losses": [study(
         f"loss and optimizer: CapNet (dynamic), MNIST at 16x16, 6,000 images, 2 epochs, 4 types; "
         f"SGD at a rate of {SGD_RATE:g}, the others at {ROUTING['lr']:g}", LOSS_STUDY,
-        {"RMSProp": dict(optimizer="rmsprop"), "SGD": dict(optimizer="sgd", lr=SGD_RATE),
-         "Adam": dict(optimizer="adam")},
+        {**OPTIMIZERS, "SGD": dict(optimizer="sgd", lr=SGD_RATE)},
         {name: dict(loss=loss) for name, loss in LOSSES.items()}), study(
         "SGD's rate, by the margin loss on every tenth training image",
         dict(LOSS_STUDY, optimizer="sgd", hold_out=True, test_images=0), {"error": {}},
@@ -196,15 +154,13 @@ TABLES |= {
         {"no augmentation": {}, "+": dict(augment="+"), "++": dict(augment="++", epochs=8)},
         own_data=True)],
 }
-# Figures show results of rows of a table; those of the paper, of its Tables 1 and 3
+# Figures show results of rows of Tables 1 and 3
 FIGURES = {
     "2": [study("agreement of votes with the class capsule, Table 1 (a) and (b)", CIFAR10, {"": {}},
               {"Dynamic": model_row("capnet-dynamic"), "EM": model_row("capnet-em")})],
     "4": [study("training loss without and with OT divergence, Table 3 (a) and (c)", CIFAR10,
               TABLES["3"][1].columns,
               {"": dict(set=dict(feedback=0)), "* OT": dict(set=dict(feedback=1))})],
-    "few": TABLES["few"],
-    "routing": TABLES["routing"],
 }
 
 
@@ -246,14 +202,8 @@ def part_columns(part, given):
 
 
 def part_cells(part, given):
-    """{(row, column): Config} of every cell that the paper fills by a run.
-
-    --data-path is where data sets are: a part on a folder of its own finds it there by its name.
-    """
-    if "data_path" in given and "dataset" not in given and "data_path" in part.base:
-        own = Path(given["data_path"]) / Path(part.base["data_path"]).name
-        given = {**given, "data_path": str(own)}
+    """{(row, column): Config} of every cell that the paper fills by a run."""
     return {(name, column): row_config(part.base, about, changes, given)
-            for name, changes, paper in part.rows if changes is not None
+            for name, changes, paper in part.rows
             for column, about in part_columns(part, given).items()
             if part.study or paper.get(column) is not None}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lab.config import Config
-from lab.runtime import RUNS, count, reason, say, world
+from lab.runtime import RUNS, count, rank, reason, say, world
 
 OWN, PUBLISHED = RUNS / "results.jsonl", Path("results")
 
@@ -52,15 +52,15 @@ def environment(device):
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{device.type.upper()}, {count(torch.get_num_threads(), 'thread')}"
-    file = Path(sys.argv[0])
-    program = ["-m", f"lab.{file.stem}"] if file.parent.name == "lab" else [file.name]
     return {"device": name, "processes": world(), "torch": str(torch.__version__),
             "python": platform.python_version(), "commit": commit,
-            "command": shlex.join(["python", *program, *sys.argv[1:]])}
+            "command": shlex.join(["python", *sys.orig_argv[1:]])}
 
 
 def record(line):
     """One more line of runs/results.jsonl, after one that a kill left torn if there is one."""
+    if rank() > 0:
+        return
     try:
         RUNS.mkdir(exist_ok=True)
         torn = OWN.exists() and not OWN.read_bytes().endswith(b"\n")
@@ -80,9 +80,13 @@ def read_lines(*files):
                 say(f"{file}, line {n}: torn, left out")
 
 
-def read_results(*files):
-    """runs {(config key, seed): line}, later lines win, and the lines of both kinds of benches."""
-    lines = list(read_lines(*sorted(PUBLISHED.glob("*.jsonl")), *files))
+def read_results(own=True):
+    """runs {(config key, seed): line}, later lines win, and the lines of both kinds of benches.
+
+    own: those of runs/ after the published ones
+    """
+    published = sorted(PUBLISHED.glob("*.jsonl"))
+    lines = list(read_lines(*published, OWN) if own else read_lines(*published))
     runs = {(config_key(Config(**line["config"])), line["seed"]): line
             for line in lines if "config" in line}
     return runs, *([line[kind] for line in lines if kind in line] for kind in ("bench", "speed"))

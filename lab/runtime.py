@@ -1,6 +1,5 @@
 """What every module of lab builds on: errors and their messages, files, devices, processes."""
 import contextlib
-import functools
 import os
 import sys
 import traceback
@@ -37,19 +36,12 @@ def say(*words):
         print(*words, flush=True)
 
 
-say_once = functools.cache(say)
-
-
 def guarded(program, function, arguments=None):
     """function(arguments) -> exit code: 0, 2 for bad input, 1 for a failure, 128 + signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if hasattr(sys.stdout, "reconfigure"):                # what it cannot show, it shows as "?"
-        sys.stdout.reconfigure(errors="replace")
     try:
         function(arguments)
         return 0
-    except BrokenPipeError:                               # piped into head
-        return 1
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -61,8 +53,7 @@ def guarded(program, function, arguments=None):
             error = Problem(f"unexpected {type(error).__name__}: {reason(error)} (--debug shows "
                             "where)", 1)
         if rank() == 0 or error.code == 1:
-            with contextlib.suppress(BrokenPipeError):    # the same Ctrl-C ended what it piped into
-                print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.code
     finally:
         if dist.is_initialized():
@@ -73,18 +64,6 @@ def count(n, noun):
     """1 epoch, 2 epochs, 1,000 classes."""
     plural = noun if n == 1 else noun + ("es" if noun.endswith("s") else "s")
     return f"{n:,} {plural}"
-
-
-def sync_folder(folder):
-    """What was renamed in it survives a power cut; not on Windows, nor on every file system."""
-    try:
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-    except OSError as error:
-        say_once(f"{folder}: a power cut may lose what was saved last ({error.strerror})")
 
 
 def write_file(path, content, keep=None):
@@ -98,7 +77,6 @@ def write_file(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):                # on a full or failing disk
             temporary.unlink(missing_ok=True)

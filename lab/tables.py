@@ -7,38 +7,16 @@ import os
 import re
 import shlex
 import statistics
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import encapnet
 from lab import bench
-from lab.config import Config, tested_on
-from lab.figures import draw_few, draw_figure2, draw_figure4, draw_routing
+from lab.figures import draw_figure2, draw_figure4
 from lab.fit import clock, fit, make_model
-from lab.paper import (
-    CIFAR10,
-    FIGURES,
-    TABLES,
-    asked_parts,
-    model_row,
-    part_cells,
-    part_columns,
-    row_config,
-)
-from lab.results import (
-    OWN,
-    PUBLISHED,
-    as_json,
-    config_key,
-    data_name,
-    environment,
-    identity,
-    read_lines,
-    read_results,
-    record,
-)
+from lab.paper import CIFAR10, FIGURES, TABLES, asked_parts, part_cells, part_columns, row_config
+from lab.results import PUBLISHED, as_json, config_key, data_name, environment, read_results, record
 from lab.runtime import RUNS, Diverged, Problem, count, pick_device, rank, reason, say
 
 README = Path("README.md")
@@ -74,12 +52,10 @@ def run_cell(config, runs):
         runs[key, config.seed] = fit(dataclasses.replace(config, output_dir=folder))
     except Diverged as failure:
         runs[key, config.seed] = line = {
-            "data": data_name(config), "model": config.model, "seed": config.seed,
-            "error": None, "epochs": config.epochs, "outcome": str(failure).split(";")[0],
-            "folder": folder, "config": dataclasses.asdict(config),
+            "seed": config.seed, "epochs": config.epochs, "error": None, "folder": folder,
+            "outcome": str(failure).split(";")[0], "config": dataclasses.asdict(config),
             "environment": environment(pick_device(config.device))}
-        if rank() == 0:
-            record(line)
+        record(line)
 
 
 def run_missing(cells, seeds, runs):
@@ -104,52 +80,37 @@ def measure_costs(part, given):
     for name, changes, paper in part.rows:
         config = row_config(CIFAR10, changes, given, dict(batch_size=paper["cost"][2]))
         device = environment(pick_device(config.device))["device"]
-        known = [(line["batch"], line["device"])
-                 for line in bench.costs_of(config, read_results(OWN)[1])]
-        if (config.batch_size, device) not in known:
+        known = bench.costs_of(config, read_results()[1])
+        if device not in [line["device"] for line in known]:
             attempt(f"{name}: memory and time at batch {config.batch_size}",
                     bench.bench_step, config)
 
 
 def show_table(name, only, seeds, given):
-    """Run what a table lacks, print it, keep it in runs/table-NAME.md."""
-    parts, runs = asked_parts(TABLES[name], given, only), read_results(OWN)[0]
-    if name == "1" and "WORLD_SIZE" in os.environ:       # there a step is of all processes
-        say("memory and time are measured without torchrun: python train.py --table 1")
-    elif name == "1":
+    """Run what a table lacks, and print it."""
+    parts, runs = asked_parts(TABLES[name], given, only), read_results()[0]
+    if name == "1" and "WORLD_SIZE" not in os.environ:   # under torchrun a step is of all processes
         measure_costs(parts[0], given)
     failures = [failure for part in parts
                 for failure in run_missing(part_cells(part, given), seeds, runs)]
-    text = "\n\n".join(render_table(name, given, runs, read_results(OWN)[1], only))
-    say("\n" + text)
-    if rank() == 0:
-        RUNS.mkdir(exist_ok=True)
-        (RUNS / f"table-{name}.md").write_text(text)
+    say("\n" + "\n\n".join(render_table(name, given, runs, read_results()[1], only)))
     refuse(failures)
 
 
 def show_figure(name, given):
-    """Draw a figure into runs/: the paper's after running what it lacks, a study's as it is."""
-    runs, target = read_results(OWN)[0], RUNS / f"figure-{name}.png"
-    named, parts = {}, []                  # {name: [line]}; (data, {row: {column: {seed: error}}})
-    for part in asked_parts(FIGURES[name], given):
-        rows, cells = {}, part_cells(part, given)
-        if name.isdigit():
-            refuse(run_missing(cells, 1, runs))
-        for (row, column), config in cells.items():
-            if lines := [line for line in of_seeds(config, runs) if line["error"] is not None]:
-                named[f"{column} {row}".strip()] = lines
-                errors = {line["seed"]: line["error"] for line in lines}
-                rows.setdefault(row, {})[column] = errors
-        parts.append((f"{data_name(config)} at {config.image_size}x{config.image_size}", rows))
-    if rank() > 0:
-        return None
-    if name in ("few", "routing"):
-        return {"few": draw_few, "routing": draw_routing}[name](parts, target)
-    title = f"{part.title}, {parts[0][0]}"
-    if not named:
+    """Run what a figure lacks, and draw it into runs/."""
+    (part,), runs, drawn = FIGURES[name], read_results()[0], {}
+    cells = part_cells(part, given)
+    refuse(run_missing(cells, 1, runs))
+    for (row, column), config in cells.items():
+        if lines := [line for line in of_seeds(config, runs) if line["error"] is not None]:
+            drawn[f"{column} {row}".strip()] = lines
+    title = f"{part.title}, {data_name(config)} at {config.image_size}x{config.image_size}"
+    if not drawn:
         raise Problem(f"--figure {name}: nothing to draw, every run of {title} has diverged", 1)
-    {"2": draw_figure2, "4": draw_figure4}[name](named, title, target)
+    if rank() == 0:
+        draw = {"2": draw_figure2, "4": draw_figure4}[name]
+        draw(drawn, title, RUNS / f"figure-{name}.png")
 
 
 # ---- Rendering -----------------------------------------------------------------------------------
@@ -170,19 +131,21 @@ def render_table(name, given, runs, benches, only=(), page=False):
 
 
 def summary(config, paper, runs):
-    """One cell, over all seeds known -> ours, difference, how: (seeds, epochs, devices) or ()."""
-    lines = of_seeds(config, runs)
+    """A cell, over all seeds known -> (paper, ours, difference), how: (seeds, epochs, devices)."""
+    theirs = f"{paper:.2f}" if isinstance(paper, float) else paper or "–"
+    lines = of_seeds(config, runs) if config else ()
     if not lines:
-        return "–", "–", ()
+        return (theirs, "–", "–"), ()
     devices = " and ".join(sorted({line["environment"]["device"] for line in lines}))
     how = count(len(lines), "seed"), count(lines[0]["epochs"], "epoch"), devices
     bad = [line["outcome"] for line in lines if line["outcome"] != "ok"]
     if bad:
-        return f"fail ({bad[0]})", "–", how
+        return (theirs, f"fail ({bad[0]})", "–"), how
     errors = [line["top5_error" if config.dataset == "imagenet" else "error"] for line in lines]
     mean = statistics.mean(errors)
     spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
-    return f"{mean:.2f}{spread}", f"{mean - paper:+.2f}" if isinstance(paper, float) else "–", how
+    difference = f"{mean - paper:+.2f}" if isinstance(paper, float) else "–"
+    return (theirs, f"{mean:.2f}{spread}", difference), how
 
 
 def render_part(table, part, given, runs, page):
@@ -194,71 +157,40 @@ def render_part(table, part, given, runs, page):
     printed = part_cells(part, {})
     same = all(as_json(config, PAPERS) == as_json(printed[cell], PAPERS)
                for cell, config in configs.items())
-    kinds = [""] if part.study else ["paper", "ours", "difference"][:2 + same]
-    header = ["", *(f"{column} {kind}".strip() if part.study or len(columns) > 1 else kind
-                    for column in columns for kind in kinds), "how" if part.study else "ours: how"]
+    shown = slice(1, 2) if part.study else slice(2 + same)
+    header = list(columns) if part.study else [
+        f"{column} {kind}" if len(columns) > 1 else kind
+        for column in columns for kind in ("paper", "ours", "difference")[shown]]
     rows = []
-    for row, changes, paper in part.rows:
-        cells, hows = [row], []
-        for column in columns:
-            value, ours, difference, how = paper.get(column), "–", "–", ()
-            if config := configs.get((row, column)):
-                ours, difference, how = summary(config, value, runs)
-            hows += [how] if how else []
-            theirs = f"{value:.2f}" if isinstance(value, float) else value or "–"
-            cells += [ours] if part.study else [theirs, ours, difference][:len(kinds)]
-        each = [" / ".join(words if len(set(words)) > 1 else words[:1])      # one a column
-                for words in zip(*hows, strict=True)]
-        how = ("; " if part.study else ", ").join(each) or "–"
-        rows.append([*cells, "quoted" if changes is None else how])
+    for row, _, paper in part.rows:
+        found = [summary(configs.get((row, column)), paper.get(column), runs) for column in columns]
+        each = [" / ".join(words if len(set(words)) > 1 else words[:1])      # one per column
+                for words in zip(*(how for _, how in found if how), strict=True)]
+        rows.append([row, *(cell for cells, _ in found for cell in cells[shown]),
+                     ", ".join(each) or "–"])
     title = f"**{table}: {part.title}.**"
     if page:
         rows = [row for row in rows if row[-1] != "–"]
-        if all(row[-1] == "quoted" for row in rows):
+        if not rows:
             return f"{title} Not run."
-    return f"{title} {caption(part, configs, given)}.\n\n{markdown(header, rows)}"
-
-
-def changes_told(changes):
-    return "".join(f", {name}={value}" for name, value in changes.items())
-
-
-def caption(part, configs, given):
-    """The error, what the command line changes, and what else all cells share."""
-    if not configs:
-        return "Test error in %"
-    config = next(iter(configs.values()))
-    known = {**identity(config), "epochs": config.epochs}
-    changes = {name: known[name] for name in given
-               if name in known and name not in ("set", "hold_out")}
-    shared = ("lam",) if config.hold_out else ("lam", "test_images")
-    changes |= {name: known[name] for name in shared if known[name] != getattr(Config, name)
-                and len({getattr(c, name) for c in configs.values()}) == 1}
-    changes |= given.get("set", {})
-    ours = "; ours" if changes and not part.study else ""
-    return f"{tested_on(config).capitalize()} error in %{ours}{changes_told(changes)}"
-
-
-def megabits(parameters):
-    """The unit of Table 1: 16 bits per parameter, in 2^20 bits, as the authors' logs show."""
-    return f"{16 * parameters / 2 ** 20:.2f}"
+    tested = "Held-out" if any(config.hold_out for config in configs.values()) else "Test"
+    return f"{title} {tested} error in %.\n\n{markdown(['', *header, 'how'], rows)}"
 
 
 def render_costs(part, given, benches):
-    """Table 1's parameters, memory and time a batch."""
+    """Table 1's parameters, memory and time per batch."""
     rows = []
     for name, changes, paper in part.rows:
         size, memory, batch, seconds = paper["cost"]
-        config, ours = row_config(CIFAR10, changes, given), 3 * ["–"]
+        config, ours = row_config(CIFAR10, changes, given, dict(batch_size=batch)), 3 * ["–"]
         with torch.device("meta"):
             parameters = sum(p.numel() for p in make_model(config, 10, 3).parameters())
         for line in bench.costs_of(config, benches):
-            if line["batch"] == batch:
-                ours = f"{line['memory_MB']:,.0f}", f"{line['step_seconds']:.3f}", line["device"]
-        rows.append([name, batch, size, megabits(parameters), f"{memory:,}", ours[0], seconds,
-                     *ours[1:]])
+            ours = f"{line['memory_MB']:,.0f}", f"{line['step_seconds']:.3f}", line["device"]
+        rows.append([name, batch, size, f"{16 * parameters / 2 ** 20:.2f}", f"{memory:,}", ours[0],
+                     seconds, *ours[1:]])
     return ("**Table 1: cost.** Mb of parameters: 16 bits each, in 2^20 bits; runtime: forward and "
-            f"backward of a batch{changes_told(given.get('set', {}))}.\n\n") + markdown(
+            "backward of a batch.\n\n") + markdown(
         ["", "batch", "Mb of parameters: paper", "ours", "MB of memory: paper", "ours",
          "s a batch: paper", "ours", "device"], rows)
 
@@ -266,7 +198,8 @@ def render_costs(part, given, benches):
 @torch.no_grad()
 def architecture(model, given):
     """Table 2 of the built network: the size of each part's output."""
-    config = row_config(CIFAR10, model_row(model, feedback=0), {"set": given.get("set", {})})
+    config = row_config(CIFAR10, dict(model=model, set=dict(feedback=0)),
+                        {"set": given.get("set", {})})
     network = make_model(config, 10, 3).eval()
     u = network.stem(torch.zeros(1, 3, config.image_size, config.image_size))
     outputs = [("M0", network.stem, "convolution", u)]
@@ -283,56 +216,38 @@ def architecture(model, given):
 
 
 def render_runs(runs):
-    """The single runs, those of no table; what gradients were clipped to, as recipes gained it."""
+    """The single runs, those of no table."""
     rows = [[f"`{r['environment']['command']}`", r["data"], f"{r['error']:.2f}", r["epochs"],
-             r["config"].get("clip") or "never", clock(r["seconds"]),
-             r["environment"]["device"]] for r in runs.values() if r["outcome"] == "ok"
+             clock(r["seconds"]), r["environment"]["device"]] for r in runs.values()
+            if r["outcome"] == "ok"
             and not re.search("--table|--figure", r["environment"]["command"])]
-    return markdown(["command", "data", "test error %", "epochs", "clipped to", "time", "device"],
-                    rows)
-
-
-def render_logs():
-    """What the authors' training logs say, a line each of results/authors-logs.jsonl."""
-    rows = []
-    for line in read_lines(PUBLISHED / "authors-logs.jsonl"):
-        parameters = round(line["parameters_MiB_float32"] * 2 ** 20 / 4)         # the log's unit
-        errors = [line[f"{kind}_error"] for kind in ("last_train", "last_test", "min_test")]
-        rows.append([line["what"], f"{parameters:,}", megabits(parameters), line["epochs_logged"],
-                     *("–" if error is None else f"{error:.2f}" for error in errors),
-                     line["paper"] or "–", f"`{line['log']}`, {line['commit']}"])
-    return markdown(["network", "parameters", "Mb", "epochs", "last training error %", "last test "
-                     "error %", "lowest", "the paper's nearest row", "log, commit"], rows)
-
-
-def speed_row(line):
-    """Cells of a comparison: what, instead; ours, theirs and their ratio, of time and memory."""
-    cells = [line["what"], line["instead"]]
-    for unit, scale, digits in (("seconds", 1e3, 1), ("MB", 1, 0)):
-        ours, theirs = line[f"ours_{unit}"], line.get(unit)
-        cells += [f"{scale * x:,.{digits}f}" if x else "–" for x in (ours, theirs)]
-        cells.append(f"{theirs / ours:.2f}" if ours and theirs else "–")
-    return [*cells, line["device"]]
+    return markdown(["command", "data", "test error %", "epochs", "time", "device"], rows)
 
 
 def render_speed(speeds):
     """The comparisons that results/ holds; later lines win."""
-    lines = {(line["what"], line["instead"], line["device"]): line for line in speeds}
+    rows = {}
+    for line in speeds:
+        cells = [line["what"], line["instead"]]
+        for unit, scale, digits in (("seconds", 1e3, 1), ("MB", 1, 0)):
+            ours, theirs = line[f"ours_{unit}"], line[unit]
+            cells += [f"{scale * x:,.{digits}f}" if x else "–" for x in (ours, theirs)]
+            cells.append(f"{theirs / ours:.2f}" if ours and theirs else "–")
+        rows[line["what"], line["instead"], line["device"]] = [*cells, line["device"]]
     return markdown(["forward and backward", "instead", "ms: ours", "instead", "ratio",
-                     "MB: ours", "instead", "ratio", "device"], map(speed_row, lines.values()))
+                     "MB: ours", "instead", "ratio", "device"], rows.values())
 
 
 # ---- README's blocks -----------------------------------------------------------------------------
 
 def render_block(words, results, parse):
-    """What stands below <!-- words -->: runs; speed; logs; or a table, 3/2 its second block alone.
+    """What stands below <!-- words -->: runs; speed; or a table, 3/2 its second block alone.
 
     words: of a table also its flags, --row among them
     """
     (runs, benches, speeds), (kind, *words) = results, shlex.split(words)
     if kind != "table":
-        return {"runs": partial(render_runs, runs), "speed": partial(render_speed, speeds),
-                "logs": render_logs}[kind]()
+        return render_runs(runs) if kind == "runs" else render_speed(speeds)
     (table, _, part), (found, given) = words[0].partition("/"), parse(words[1:])
     blocks = render_table(table, given, runs, benches, found.get("row", ()), page=True)
     if part:
@@ -346,19 +261,18 @@ def report(check, parse):
     <!-- table 3 --epochs 20 ... --> to <!-- end -->
     parse: words of a command line -> commands, fields of Config given
     """
-    results = read_results()
-    pages = [page for page in (README, PUBLISHED / "README.md") if page.exists()]
-    if not pages:
+    results = read_results(own=False)
+    if not README.exists():
         raise Problem(f"no {README} here")
-    for page in pages:
+    for page in (README, *PUBLISHED.glob("README.md")):
         before = page.read_text()
-        after = re.sub(r"<!-- ((?:table|runs|speed|logs)\b[^>]*?) -->\n.*?<!-- end -->",
+        after = re.sub(r"<!-- ((?:table|runs|speed)\b[^>]*?) -->\n.*?<!-- end -->",
                        lambda match: f"<!-- {match[1]} -->\n"
                        f"{render_block(match[1], results, parse)}\n<!-- end -->",
                        before, flags=re.S)
-        if check and after != before:
-            raise Problem(f"{page} does not agree with {PUBLISHED}/: run python train.py --report",
-                          1)
         if after != before:
+            if check:
+                raise Problem(f"{page} does not agree with {PUBLISHED}/: run python train.py "
+                              "--report", 1)
             page.write_text(after)
         say(f"{page}: up to date")

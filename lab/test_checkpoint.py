@@ -10,9 +10,7 @@ import pickle
 import shlex
 import shutil
 import signal
-import stat
 import sys
-import threading
 import time
 import zipfile
 from contextlib import nullcontext
@@ -44,7 +42,6 @@ from conftest import (
     state_of,
     two_processes,
 )
-from lab import fit
 from lab.checkpoint import caught_signals, check_same, load_checkpoint, newest
 from lab.config import make_config
 from lab.runtime import Problem, write_file
@@ -214,7 +211,7 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(half, place):
             assert_one_line(run(place, f"--resume {path} {command}"), path)
     assert not (place / "executed").exists()
     shutil.copy(half / "evil.pt", half / "last.pt")       # a folder falls back, or refuses
-    assert "last.pt is refused" in run(place, "--resume run --test-only").out
+    assert "last.pt is damaged or not" in run(place, "--resume run --test-only").out
     assert not (place / "executed").exists()
 
 
@@ -249,7 +246,7 @@ def test_a_nan_is_stopped_named_and_not_saved(act, culprit, step, place):
     if culprit == "PARAMETER":
         culprit = list(state["net"])[2]
     last = done.out.splitlines()[-1]
-    assert done.code == 1 and f"epoch 2, step {step}: {culprit} is not finite" in last, last
+    assert done.code == 1 and f"epoch 2, by step {step}: {culprit} is not finite" in last, last
     assert (state["epoch"], state["step"]) == (1, step - 1)
     assert all(t.isfinite().all() for t in state["net"].values() if t.is_floating_point())
 
@@ -345,18 +342,6 @@ def test_other_images_are_refused_with_the_way_out(change, half, place):
     assert {p: p.read_bytes() for p in half.iterdir() if p.suffix == ".pt"} == before
 
 
-def test_a_list_of_classes_may_lie_elsewhere_if_the_classes_are_the_same():
-    def request(place):
-        return make_config(dataset="h-imagenet", data_path=place, class_list=f"{place}/list.txt")
-    data = SimpleNamespace(classes=["n02", "n01"], source="9 files")
-    state = {"config": dataclasses.asdict(request("here")), "epoch": 1,
-             "data": {"classes": ["n02", "n01"], "source": "9 files"}}
-    check_same(request("there"), data, state, "run")
-    state["data"]["classes"] = ["n01", "n02"]
-    with pytest.raises(Problem, match="other images"):
-        check_same(request("there"), data, state, "run")
-
-
 @pytest.mark.parametrize("schedule, epochs, refused", [
     ("steps", 8, False), ("steps", 3, False), ("steps", 2, True),
     ("one-cycle", 8, True), ("one-cycle", 6, False)])
@@ -435,18 +420,8 @@ def no_flock():
     fcntl.flock = refuse
 
 
-def no_folder_fsync():
-    true = os.fsync
-
-    def refuse(number):
-        if stat.S_ISDIR(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        true(number)
-    os.fsync = refuse
-
-
-@pytest.mark.parametrize("act", [no_fcntl, no_flock, no_folder_fsync])
-def test_what_a_system_lacks_is_left_out_with_one_line(act, place):
+@pytest.mark.parametrize("act", [no_fcntl, no_flock])
+def test_without_locks_a_run_goes_on_and_says_so_in_one_line(act, place):
     whole = break_after("", [], place)
     shutil.rmtree(place / "run")
     lacking = break_after("--save-every 0", [act], place)
@@ -469,12 +444,12 @@ def test_a_working_folder_that_cannot_be_written_costs_only_the_line_of_results(
     break_after("", [runs_cannot_be_written], place)
     assert "already finished" in run(place, "--resume run").out
     done = run(place, FOLDER)
-    assert_one_line(done, "runs/")
+    assert_one_line(done, "runs/", code=1)
 
 
 @pytest.mark.parametrize("where", ["data/train/ant/0.png/run", "/proc/run"])
 def test_an_output_dir_that_cannot_be_written_is_found_before_images_are_read(where, place):
-    assert_one_line(run(place, FOLDER, f"--output-dir {where}"), where)
+    assert_one_line(run(place, FOLDER, f"--output-dir {where}"), where, code=1)
 
 
 def test_a_run_that_does_not_begin_leaves_no_folder(place):
@@ -492,17 +467,6 @@ def test_the_first_lines_say_how_to_go_on(place):
     done = run(place, EXACT, sabotage=[act])
     assert done.code == 130
     assert "--resume run" in done.out.rpartition("train.py: stopped")[0]
-
-
-def test_fit_in_a_thread_leaves_the_programs_signals_alone(place, monkeypatch):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(fit, "draw_run", lambda *run: None)
-    before, found = signal.getsignal(signal.SIGTERM), []
-    _, given = train.parse(shlex.split(FOLDER))
-    thread = threading.Thread(target=lambda: found.append(fit.fit(make_config(**given))))
-    thread.start()
-    thread.join()
-    assert found[0]["epochs"] == 1 and signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- Several processes ---------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import train
 from conftest import HERE, state_of
 from lab import digits, explore, figures, fit, measure, why
 from lab.runtime import Problem
+from lab.use import load_run
 
 SMALL = "encapnet-small --set types=2 --set dims=(1,1,2,2) --set feedback=2"
 MODELS = {"encapnet": SMALL, "again": f"{SMALL} --seed 1", "em": "capnet-em --set types=1",
@@ -60,8 +61,8 @@ def test_a_network_is_shown_test_images_as_it_was_in_training(runs, tmp_path):
     state["data"]["mean"] += 0.1
     state["data"]["std"] *= 2
     torch.save(state, tmp_path / "older.pt")
-    run = explore.load(tmp_path / "older.pt")
-    assert run.folder == tmp_path and explore.load(runs["cnn"]).folder == runs["cnn"]
+    run = load_run(tmp_path / "older.pt")
+    assert run.folder == tmp_path and load_run(runs["cnn"]).folder == runs["cnn"]
     assert torch.equal(run.data.mean, state["data"]["mean"])
     assert torch.equal(run.data.std, state["data"]["std"])
     assert torch.equal(run.data.test.images, digits.draw_digits(40, train=False)[0])
@@ -86,7 +87,7 @@ def test_explain_draws_the_panels_that_apply_and_numbers_them_without_a_gap(name
 
 def test_coefficients_are_m1_of_the_master_and_m2_of_the_aide(runs):
     """Convolutions of which the bias is left: numbers known type by type, of 2 types."""
-    run = explore.load(runs["encapnet"])
+    run = load_run(runs["encapnet"])
     layers = [m for m in run.net.modules() if isinstance(m, encapnet.CapConv)]
     for layer in layers:
         layer.from_v1.weight.zero_(), layer.from_v2.weight.zero_()
@@ -101,7 +102,7 @@ def test_coefficients_are_m1_of_the_master_and_m2_of_the_aide(runs):
 
 def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated_one(runs):
     """Two units a module: from its output to its input, and to what its type II layers take."""
-    run = explore.load(runs["encapnet"])
+    run = load_run(runs["encapnet"])
     for module in run.net.modules():                                   # no image is constant
         if isinstance(module, torch.nn.BatchNorm2d):
             module.bias.fill_(0.5)
@@ -139,7 +140,7 @@ def test_the_pose_panel_tells_what_the_features_tell(runs, monkeypatch):
     monkeypatch.setattr(measure, "true_capsules", lambda run, x, labels: torch.cat(
         [poses[:, [0, 2]], torch.randn(600, 14).double()], 1))
     figure = Figure(layout="constrained")
-    told = explore.draw_pose(explore.load(runs["encapnet"]), figure, 600)
+    told = explore.draw_pose(load_run(runs["encapnet"]), figure, 600)
     assert all((share > 0.99) == (factor in ("x", "rotation")) for factor, share in told.items())
     assert all(share > 0.99 or share < 0.7 for share in told.values())
     alone, bars, _ = figure.axes
@@ -152,7 +153,7 @@ def test_the_pose_panel_tells_what_the_features_tell(runs, monkeypatch):
 
 @pytest.mark.parametrize("n", [7, 40, 100])
 def test_images_looked_at_are_test_images_spread_over_all_of_them(n, runs):
-    run = explore.load(runs["encapnet"])
+    run = load_run(runs["encapnet"])
     images, labels = measure.spread_images(run, n)
     assert len(images) == len(labels) == min(n, 40)
     place = [next(k for k, image in enumerate(run.data.test.images) if torch.equal(x, image / 255))
@@ -171,7 +172,7 @@ def test_correlation_known_answers():
 
 def test_the_capsule_looked_at_is_the_true_class_s(runs):
     for name in ("encapnet", "em"):
-        run = explore.load(runs[name])
+        run = load_run(runs[name])
         x, labels = measure.spread_images(run, 40)
         v = measure.true_capsules(run, x, labels).float()
         v = encapnet.squash(v) if name == "em" else v                  # a pose is not squashed
@@ -322,7 +323,7 @@ def test_errors_are_those_of_the_changed_images_and_are_told_at_once(runs, unatt
     """Of a network that answers by whether the top is brighter than the bottom."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
-    run = explore.load(runs["cnn"])
+    run = load_run(runs["cnn"])
     images = run.data.test.images.float()
     brighter = images[:, :, :16].mean((1, 2, 3)) > images[:, :, 16:].mean((1, 2, 3))
     labels = brighter.long()
@@ -377,7 +378,7 @@ def test_runs_of_other_settings_are_not_seeds_of_one(runs, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(explore, "errors_of", lambda *given: {"clean": {"0": 1.0}})
     monkeypatch.setattr(explore, "draw_robustness", lambda *given: drawn.append(given))
-    first, second = (explore.load(runs[name]) for name in ("encapnet", "again"))
+    first, second = (load_run(runs[name]) for name in ("encapnet", "again"))
     others = [replace(second, config=replace(second.config, **change))
               for change in (dict(lam=5.0), dict(epochs=9))]
     explore.robustness([first, second, *others], 5, [4])
@@ -414,11 +415,11 @@ def test_robustness_without_torchattacks_is_one_line(runs, monkeypatch, capsys):
 
 def test_explain_says_why_it_cannot_draw(runs):
     with pytest.raises(Problem, match="a page needs capsules of digits"):
-        explore.explain(explore.load(runs["cnn"]))
+        explore.explain(load_run(runs["cnn"]))
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("explain nowhere", "no checkpoint nowhere"), ("explain", "required: RUN"),
+    ("explain nowhere", "No such file or directory: 'nowhere'"), ("explain", "required: RUN"),
     ("imagine RUN", "invalid choice"), ("robustness RUN --images 0", "at least 1")])
 def test_bad_input_is_one_line(arguments, words, runs, capsys):
     given = [str(runs["cnn"]) if word == "RUN" else word for word in arguments.split()]

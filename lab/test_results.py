@@ -1,6 +1,7 @@
 """Results: what names one, what it was run on, the files of their lines."""
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ def test_results_are_read_by_their_config(tmp_path, monkeypatch):
     del line["config"]["clip"]
     for each in (line, {"bench": "b"}, {**line, "error": 2.0}, {"speed": "s"}, {"other": 0}):
         record(each)
-    runs, benches, speeds = read_results(results.OWN)
+    runs, benches, speeds = read_results()
     assert {key: line["error"] for key, line in runs.items()} == {(config_key(config), 3): 2.0}
-    assert (benches, speeds) == (["b"], ["s"]) and read_results() == ({}, [], [])
+    assert (benches, speeds) == (["b"], ["s"]) and read_results(own=False) == ({}, [], [])
 
 
 def test_later_files_win_and_ones_own_results_are_the_last(tmp_path, monkeypatch):
@@ -68,6 +69,14 @@ def test_a_torn_line_costs_no_other(tmp_path, monkeypatch, capsys):
     assert "line 2: torn" in capsys.readouterr().out
 
 
+def test_one_process_of_several_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        record({"of": rank})
+    assert list(read_lines(results.OWN)) == [{"of": 0}]
+
+
 def test_a_place_that_takes_no_line_stops_nothing(tmp_path, monkeypatch, capsys):
     """runs is a file here; a read-only folder and a full disk raise the same way."""
     monkeypatch.chdir(tmp_path)
@@ -76,12 +85,10 @@ def test_a_place_that_takes_no_line_stops_nothing(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.count("\n") == 1
 
 
-@pytest.mark.parametrize("file, words", [
-    ("/a b/train.py", "python train.py --epochs 2"),
-    ("/a b/lab/why.py", "python -m lab.why --epochs 2")])
-def test_the_command_of_a_result_can_be_typed_in_the_root(file, words, monkeypatch):
-    monkeypatch.setattr("sys.argv", [file, "--epochs", "2"])
-    assert environment(torch.device("cpu"))["command"] == words
+@pytest.mark.parametrize("words", ["train.py --epochs 2", "-m lab.why 'a b'"])
+def test_the_command_of_a_result_can_be_typed_again(words, monkeypatch):
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", *shlex.split(words)])
+    assert environment(torch.device("cpu"))["command"] == f"python {words}"
 
 
 def test_without_git_no_commit_is_named(monkeypatch, tmp_path):

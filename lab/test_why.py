@@ -1,4 +1,5 @@
 """why: what is measured is what its name says; both figures are drawn."""
+import dataclasses
 import json
 from pathlib import Path
 
@@ -6,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from encapnet import CapConv, EncapNet, margin_loss
+import encapnet
+from encapnet import EncapNet, margin_loss
 from lab import figures, why
 from lab.config import make_config
 from lab.data import load_data, shuffle
 from lab.fit import build_run
+from lab.paper import row_config
 from lab.test_data import write_idx
 
 CPU = torch.device("cpu")
@@ -59,7 +62,7 @@ def mnist(tmp_path):
 def test_em_is_measured_in_both_forms(mnist):
     """The first iteration is alike; left as they are, log densities leave fewer votes after it."""
     _, found = why.em(mnist, rounds=2, images=2)
-    layers = {(layer, form): found[f"layer {layer}, log p {form}"]
+    layers = {(layer, form): found[f"layer {layer}, {form}"]
               for layer in (1, 2) for form in ("standardised", "as it is")}
     assert len(found) == 4
     first, other = (layers[1, form]["effective votes"] for form in ("standardised", "as it is"))
@@ -74,12 +77,13 @@ def looks(line):
 def test_em_is_drawn_iteration_by_iteration(mnist, monkeypatch):
     """Made-up statistics, other ones for each layer (256 and 10 higher capsules) and form."""
     def statistics(layer, u, activation, rounds):
-        n_out, both = layer.weight.shape[2], layer.standardised == "both"
+        n_out = layer.weight.shape[2]
+        both = encapnet.standardise is why.FORMS["standardised"]
         return {"effective votes": [n_out, n_out + 1 + both],
                 "deviation of log p": [3 + both, 1 / n_out]}
     monkeypatch.setattr(why, "layer_statistics", statistics)
     figure, found = why.em(mnist, rounds=2, images=2)
-    expected = {f"layer {layer}, log p {form}": {
+    expected = {f"layer {layer}, {form}": {
         "effective votes": [n_out, n_out + 1 + both], "deviation of log p": [3 + both, 1 / n_out]}
         for layer, n_out in ((1, 256), (2, 10))
         for form, both in (("standardised", True), ("as it is", False))}
@@ -137,14 +141,10 @@ def test_figures_and_numbers_are_written_from_the_command_line(tmp_path, monkeyp
     assert Path("runs/why-burst.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_scale_changes_batchnorm_by_dimension_and_measures_lengths():
+def test_lengths_at_the_start_are_means_of_norms():
     net = EncapNet(3, 1, 8, depths=(1, 1), dims=(1, 2, 3), types=2)
-    why.rescale(net, lambda d: 0.3 * d)
-    layers = [m for m in net.modules() if isinstance(m, CapConv)]
-    assert [set(m.norm.weight.tolist()) for m in layers] == [
-        {torch.tensor(0.3 * d).item()} for d in (2, 2, 3, 3)]
     seen = {2: [], 3: []}
-    for layer, d in zip(layers, (2, 2, 3, 3), strict=True):
+    for layer, d in zip(why.capconvs(net), (2, 2, 3, 3), strict=True):
         layer.register_forward_hook(lambda m, u, v, d=d: seen[d].append(np.mean(
             [np.linalg.norm(v[b, g * d:g * d + d, y, x].detach()) for b in range(2)
              for g in range(2) for y in range(v.shape[2]) for x in range(v.shape[3])])))
@@ -152,25 +152,95 @@ def test_scale_changes_batchnorm_by_dimension_and_measures_lengths():
     assert found == pytest.approx({d: np.mean(lengths) for d, lengths in seen.items()}, rel=1e-4)
 
 
-def test_scale_trains_from_each_and_draws_what_it_found(monkeypatch):
-    """Made-up errors that follow the weight that a run started from, plus its seed."""
-    asked, tiny = [], dict(test_images=2, batch_size=8, epochs=1, set=dict(types=2))
-    monkeypatch.setattr(why, "make_config", lambda **given: asked.append(given) or make_config(
-        **given, **tiny))
-    monkeypatch.setattr(why, "train_step", lambda run, images, labels, draws: None)
-    monkeypatch.setattr(why, "evaluate", lambda run: {"error": run.config.seed + next(
-        m.norm.weight[0].item() for m in run.net.modules() if isinstance(m, CapConv))})
-    monkeypatch.setattr(why, "starting_lengths", lambda net, x: {2: 0.2, 16: next(
-        m.norm.weight[0].item() for m in net.modules() if isinstance(m, CapConv)) / 10})
-    figure, found = why.scale(16, seeds=2)
-    assert all(given["hold_out"] and given["train_images"] == 16 for given in asked)
-    assert [given["seed"] for given in asked] == [0, 1] * 3
-    first = {"1 (torch's default)": 1, "1.4 / sqrt(d)": 1.4 / 4 ** 0.5, "1 / sqrt(d)": 1 / 4 ** 0.5}
-    assert list(found) == list(first)
-    for name, weight in first.items():
-        assert found[name]["errors"] == pytest.approx([weight, weight + 1])
+def network_of(parts):
+    torch.manual_seed(0)
+    net = encapnet.build("encapnet", image_size=8, types=2, depths=(2, 2), dims=(1, 2, 3))
+    why.use_parts(net, parts)
+    return net.eval()
+
+
+def test_parts_come_one_at_a_time():
+    """What each network has of EncapNet, read off its layers, its weights and its answers."""
+    nets, x = [network_of(parts) for parts in range(7)], 5 * torch.randn(2, 3, 8, 8)
+    layers = [why.capconvs(net) for net in nets]
+    assert [{layer.master.groups for layer in found} for found in layers] == [{1}] + 6 * [{2}]
+    assert [{layer.master.kernel_size for layer in found} for found in layers[:2]] == [
+        {(3, 3)}, {(3, 3), (1, 1)}]
+    assert [{layer.coefficients for layer in found} for found in layers] == [
+        {None}] + 3 * [{"fixed"}] + 3 * [{"both"}]
+    assert [hasattr(found[0], "from_v1") for found in layers] == 4 * [False] + 3 * [True]
+    lengths = []
+    for found in layers:
+        found[-1].norm.weight.data *= 100
+        found[-1].register_forward_hook(lambda layer, u, v: lengths.append(
+            v.unflatten(1, (2, 3)).norm(dim=2).max()))
+    answers = [net(x)[0] for net in nets]
+    assert [length > 1 for length in lengths] == 2 * [True] + 5 * [False]    # then squashed
+    weights = [[layer.norm.weight[0].item() for layer in found[:-1]] for found in layers]
+    root = pytest.approx([2 ** -0.5] * 3 + [3 ** -0.5] * 2)
+    assert weights[:3] == 3 * [5 * [1]] and all(found == root for found in weights[3:])
+    assert [type(net.classes) for net in nets] == 5 * [torch.nn.Linear] + 2 * [encapnet.CapFC]
+    u = nets[4].walk(nets[4].stem(x))[0]
+    assert torch.allclose(answers[4], nets[4].classes(u.mean((2, 3))))
+    assert torch.allclose(answers[5], 10 * answers[6])         # the same weights
+    assert [net.logits for net in nets] == 6 * [True] + [False]
+
+
+def test_errors_are_of_the_network_asked_for(tmp_path, monkeypatch):
+    """The setting, the seed, the loss, and that the weights which the parts bring are trained."""
+    asked, trained = [], []
+    noise = np.random.default_rng(0).integers(0, 256, (40, 28, 28))
+    write_idx(tmp_path, "MNIST", dict.fromkeys(("train", "test"), (noise, np.arange(40) % 10)))
+    monkeypatch.setattr(why, "row_config", lambda *layers: asked.append(row_config(*layers)) or
+                        dataclasses.replace(asked[-1], dataset="mnist", data_path=str(tmp_path),
+                                            train_images=40, batch_size=8, epochs=2, workers=0))
+
+    def train_step(run, images, labels, draws):
+        held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        trained.append((run.epoch, held == {id(p) for p in run.net.parameters()}))
+        return torch.full((5,), run.epoch / 4)
+    monkeypatch.setattr(why, "train_step", train_step)
+    for network in why.NETWORKS[0], why.NETWORKS[1], why.NETWORKS[6], why.NETWORKS[7]:
+        trained.clear()
+        held_out, training = why.errors_of(network, 3, "somewhere")
+        assert training == 25 and 0 <= held_out <= 100         # of the last epoch alone
+        assert trained == 4 * [(0, True)] + 4 * [(1, True)]
+    for config, model, loss in zip(asked, ("resnet18", *3 * ["encapnet"]),
+                                   (*3 * ["ce"], "margin"), strict=True):
+        assert (config.model, config.loss, config.seed, config.hold_out) == (model, loss, 3, True)
+        assert (config.data_path, config.image_size, config.train_images, config.epochs) == (
+            "somewhere/cifar10-jpeg", 16, 20000, 5)
+        assert (config.augment, config.flip, config.clip, config.lr) == ("+", True, 1, 3e-3)
+        assert config.set == ({"width": 0.125, "feedback": 0} if model == "resnet18"
+                              else {"types": 4, "feedback": 0})
+
+
+def test_steps_run_what_is_missing_and_are_drawn(tmp_path, monkeypatch):
+    """Made-up errors; the first of two seeds was stopped after two networks."""
+    monkeypatch.chdir(tmp_path)
+    calls, stop = [], 3
+
+    def errors_of(network, seed, data_path):
+        calls.append((network, seed, data_path))
+        k = why.NETWORKS.index(network)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return 10.0 * k + seed, k + seed / 2
+    monkeypatch.setattr(why, "errors_of", errors_of)
+    with pytest.raises(KeyboardInterrupt):
+        why.steps("data", seeds=2)
+    stop = calls.clear()
+    figure, found = why.steps("data", seeds=2)
+    assert calls[:2] == [(why.NETWORKS[2], 0, "data"), (why.NETWORKS[3], 0, "data")]
+    assert len(calls) == 14 and calls[-1] == (why.NETWORKS[7], 1, "data")
+    assert list(found["errors"]) == why.NETWORKS
     left, right = figure.axes
-    assert {line.get_label(): line.get_ydata()[1] for line in left.lines} == {
-        name: seen["lengths"][16] for name, seen in found.items()}
-    assert right.lines[0].get_ydata() == pytest.approx([w + 0.5 for w in first.values()])
-    assert [text.get_text() for text in right.get_xticklabels()] == list(first)
+    assert {line.get_label(): line.get_ydata()[-1] for line in left.lines} == {
+        "1 / sqrt(d)": pytest.approx(0.3, abs=0.03), "1": pytest.approx(0.86, abs=0.03)}
+    for bars, (first, step) in zip(right.containers, ((0.5, 10), (0.25, 1)), strict=True):
+        assert bars[0].get_xdata().tolist() == [first + step * k for k in range(8)]
+        assert bars[0].get_ydata().tolist() == list(range(8))
+    (low, *_), (high, *_) = right.containers[0][2][0].get_segments()[0]
+    assert high - low == pytest.approx(2 * 12.706 * 0.5, rel=1e-3)      # Student's t
+    assert [bars.get_label() for bars in right.containers] == ["held-out images", "training images"]
+    assert [text.get_text() for text in right.get_yticklabels()] == why.NETWORKS

@@ -13,41 +13,40 @@ from lab.measure import evaluate
 from lab.runtime import Problem, count, pick_device, reason, say
 
 
-def trained(given):
-    """The run of --resume, for looking at -> config, checkpoint, network in eval mode, device."""
-    state = load_checkpoint(given["resume"])
+def trained(path, given):
+    """The run at a path, with changed fields of Config -> config, checkpoint, network in eval."""
+    state = load_checkpoint(path)
     config = Config(**merge(state["config"], given))
-    device = pick_device(config.device)                   # a host program keeps its settings
-    channels = len(state["data"]["mean"])
-    net = make_model(config, len(state["data"]["classes"]), channels)
-    load_weights(net, state, given["resume"])
-    return config, state, net.to(device).eval(), device
+    net = make_model(config, len(state["data"]["classes"]), len(state["data"]["mean"]))
+    load_weights(net, state, path)
+    return config, state, net.to(pick_device(config.device)).eval()
 
 
-def test_data(config, state, device):
-    """Data to test a trained network on: other images will do, at the scale of those it learned.
+def load_run(path, **given):
+    """A trained network and test images: others will do, at the scale of those it learned.
 
     One training image is read at most, but where more are needed to know which images are tested
     or whether one can be read.
     """
-    if not config.hold_out and config.unreadable != "skip":
-        config = dataclasses.replace(config, train_images=1)
-    data, then = load_data(config, device), state["data"]
+    config, state, net = trained(path, given)
+    device, then = start(config), state["data"]
+    whole = config.hold_out or config.unreadable == "skip"
+    data = load_data(config if whole else dataclasses.replace(config, train_images=1), device)
     if data.classes != then["classes"]:
         raise Problem(f"{data.name} has other classes than the data the network was trained on")
-    return dataclasses.replace(data, mean=then["mean"].to(device), std=then["std"].to(device))
+    data = dataclasses.replace(data, mean=then["mean"].to(device), std=then["std"].to(device))
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return Run(config, data, device, net.requires_grad_(False), net, None, {}, folder,
+               epoch=state["epoch"], step=state["step"])
 
 
 def test_only(given):
     """Test error of a trained network, on its own data or, with --data-path, on other like it."""
-    config, state, net, device = trained(given)
-    start(config)
-    data = test_data(config, state, device)
-    run = Run(config, data, device, net, net, None, {})
-    test = evaluate(run, config.augment != "none")
-    top5 = f"top-5 {test['top5_error']:.2f} %, " * (len(data.classes) > 5)
-    steps = f", {count(state['step'], 'step')} of the next" if state["step"] else ""
-    say(f"{data.name}, {config.model} after {count(state['epoch'], 'epoch')}{steps}: "
+    run = load_run(given.pop("resume"), **given)
+    config, test = run.config, evaluate(run, run.config.augment != "none")
+    top5 = f"top-5 {test['top5_error']:.2f} %, " * (len(run.data.classes) > 5)
+    steps = f", {count(run.step, 'step')} of the next" if run.step else ""
+    say(f"{run.data.name}, {config.model} after {count(run.epoch, 'epoch')}{steps}: "
         f"{tested_on(config)} error {test['error']:.2f} %, {top5}{count(test['images'], 'image')}")
 
 
@@ -58,7 +57,8 @@ def load(run, **given):
     transform(image) -> (1, C, H, W), as the network was trained on; the image is a file's path, an
     open file, a PIL image or an array (H, W) or (H, W, 3)
     """
-    config, state, net, device = trained({"resume": str(run), **given})
+    config, state, net = trained(run, given)
+    device = pick_device(config.device)                   # a host program keeps its settings
     mean, std = (state["data"][name].view(-1, 1, 1) for name in ("mean", "std"))
 
     def transform(image):

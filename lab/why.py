@@ -1,18 +1,18 @@
-"""Why networks are built as they are: the measurements behind four figures of results/README.md.
+"""Three questions and their measurements: the figures behind the essays of results/README.md.
 
     python -m lab.why em       routing by EM, log densities standardised over j or left as they are
     python -m lab.why burst    the first epoch with the feedback unit at the paper's weight, 10
-    python -m lab.why scale    initial weights of BatchNorm in capConv, lengths and errors
-    python -m lab.why steps    from a ResNet to EncapNet, one change at a time (hours)
+    python -m lab.why steps    from a ResNet to EncapNet, one change at a time; lengths at the start
 
-Each writes runs/why-NAME.png and its numbers, runs/why-NAME.json.  `steps` writes its numbers after
-every run, and runs only what the file lacks.
+Each writes runs/why-NAME.png and its numbers, runs/why-NAME.json.  `steps` takes two hours of a
+core; it writes its numbers after every run, and runs only what the file lacks.
 """
 import json
 import math
 import statistics
 import sys
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
@@ -61,27 +61,30 @@ def layer_statistics(layer, u, activation, rounds):
     votes, seen = layer.votes(u), []
     for r in range(1, rounds + 1):
         mu, _, R = encapnet.em_routing(votes, activation, layer.beta_v, layer.beta_a, r,
-                                       return_coefficients=True, standardised=layer.standardised)
+                                       return_coefficients=True)
         seen.append([x.median().item() for x in routing_statistics(votes, activation, mu, R)])
     effective, deviation = zip(*seen, strict=True)
     return {"effective votes": effective, "deviation of log p": deviation}
+
+
+FORMS = {"standardised": encapnet.standardise, "as it is": lambda x: x}
 
 
 @torch.no_grad()
 def em(data_path, rounds=5, images=16):
     """Both layers of an untrained capnet-em (4 types) on MNIST, in both forms -> figure, found."""
     found = {}
-    for name, form in (("log p standardised", "both"), ("log p as it is", "cost")):
+    for name, standardise in FORMS.items():
         config = make_config(dataset="mnist", data_path=data_path, model="capnet-em", device="cpu",
-                             set=dict(types=4, standardised=form), train_images=images,
-                             test_images=images)
+                             set=dict(types=4), train_images=images, test_images=images)
         device = start(config)
         run = build_run(config, load_data(config, device), device)
         for k, layer in enumerate(run.net.train().routed, 1):
             layer.register_forward_hook(
                 lambda layer, given, out, label=f"layer {k}, {name}": found.update(
                     {label: layer_statistics(layer, *given, rounds)}))
-        run.net(normalised(first_images(run, images)[0], run.data))
+        with patch.object(encapnet, "standardise", standardise):
+            run.net(normalised(first_images(run, images)[0], run.data))
     figure, axes = canvas(1, 2, height=3.2)
     for axis, what, of in zip(axes[0], ("effective votes", "deviation of log p"),
                               ("of a capsule", "over j"), strict=True):
@@ -141,25 +144,7 @@ def burst(train_images=16000):
     return figure, found
 
 
-# ---- The scale that squash sees ------------------------------------------------------------------
-
-SCALES = {"1 (torch's default)": lambda d: 1.0, "1.4 / sqrt(d)": lambda d: 1.4 / math.sqrt(d),
-          "1 / sqrt(d)": lambda d: 1 / math.sqrt(d)}
-
-
-def train(run):
-    """All epochs of a run -> share of wrong answers in % in the last, in training."""
-    while run.epoch < run.config.epochs:
-        wrong = [train_step(run, *batch)[2] for batch in batches(run)]
-    return 100 * torch.stack(wrong).mean().item()
-
-
-def rescale(net, scale):
-    """Set BatchNorm's weight in every capConv to a function of its capsule dimension."""
-    for layer in capconvs(net):
-        dim = layer.norm.num_features // layer.types
-        nn.init.constant_(layer.norm.weight, scale(dim))
-
+# ---- From a ResNet to EncapNet -------------------------------------------------------------------
 
 @torch.no_grad()
 def starting_lengths(net, x):
@@ -175,46 +160,11 @@ def starting_lengths(net, x):
     return {dim: statistics.mean(lengths) for dim, lengths in seen.items()}
 
 
-def scale(train_images=6000, seeds=3):
-    """The default run, shorter, from each of SCALES -> figure, found.
-
-    found: {scale: {"lengths": {d: mean length at the start}, "errors": [held-out % of a seed]}}
-    """
-    found = {name: {"errors": []} for name in SCALES}
-    for name, function in SCALES.items():
-        for seed in range(seeds):
-            config = make_config(train_images=train_images, hold_out=True, seed=seed, device="cpu")
-            device = start(config)
-            run = build_run(config, load_data(config, device), device)
-            rescale(run.net, function)
-            train(run)
-            found[name]["errors"].append(evaluate(run)["error"])
-            say(f"{name}, seed {seed}: held-out error {found[name]['errors'][-1]:.2f} %")
-        deep = encapnet.build("encapnet", types=8, feedback=0)
-        rescale(deep, function)
-        x = normalised(first_images(run, 64)[0], run.data)
-        found[name]["lengths"] = starting_lengths(deep, x)
-    figure, (axes,) = canvas(1, 2, height=3.2)
-    for (name, seen), colour in zip(found.items(), COLOURS, strict=False):
-        axes[0].plot(list(seen["lengths"]), list(seen["lengths"].values()), "o-", color=colour,
-                     label=name)
-    axes[0].set(xlabel="capsule dimension d", ylabel="mean length, untrained", ylim=(0, 1),
-                xticks=list(seen["lengths"]), title="EncapNet, 18 layers")
-    draw_series(axes[1], {"": {k: seen["errors"] for k, seen in enumerate(found.values())}},
-                ylabel="held-out error (%)", xticks=range(len(found)), ylim=(0, None),
-                title=f"{train_images:,} digits, mean and 95 % interval of {seeds} seeds")
-    axes[1].lines[0].set_linestyle("")                       # scales have no order to connect
-    axes[1].set_xticks(range(len(found)), list(found))
-    axes[0].legend(fontsize=8, title="BatchNorm's weight")
-    return figure, found
-
-
-# ---- From a ResNet to EncapNet -------------------------------------------------------------------
-# EncapNet with all its parts but the first k replaced by a ResNet's; each function undoes one part.
-
 def capconvs(net):
     return [layer for layer in net.modules() if isinstance(layer, encapnet.CapConv)]
 
+
+# Each of these functions replaces a part of EncapNet by a ResNet's.
 
 def plain_convolutions(net):
     """Every layer one ordinary 3x3 convolution, in place of master, aide and coefficients."""
@@ -225,8 +175,13 @@ def plain_convolutions(net):
 
 
 def no_squash(net):
+    net.forward = patch.object(encapnet, "squash_image", lambda s, types: s)(net.forward)
+
+
+def unscaled(net):
+    """BatchNorm's weight from 1, torch's default, instead of 1 / sqrt(d)."""
     for layer in capconvs(net):
-        layer.norm_relu_squash = lambda s, norm: norm(s).relu()
+        nn.init.ones_(layer.norm.weight)
 
 
 def fixed_coefficients(net):
@@ -247,57 +202,78 @@ def tenfold_lengths(net):
     net.scores, net.logits = lambda u: 10 * lengths(u), True
 
 
-PARTS = {"master and aide, added": plain_convolutions, "squash": no_squash,
-         "BatchNorm from 1 / sqrt(d)": partial(rescale, scale=lambda d: 1.0),
+PARTS = {"master and aide, added": plain_convolutions,
+         "squash": no_squash,
+         "BatchNorm from 1 / sqrt(d)": unscaled,
          "coefficients m1, m2": fixed_coefficients,
          "class capsules (cross entropy)": pooled_classes,
-         "margin loss (EncapNet)": tenfold_lengths}
+         "margin loss: EncapNet": tenfold_lengths}
+NETWORKS = ["ResNet", "EncapNet's layers and skips", *(f"+ {part}" for part in PARTS)]
 
 
-def partial_network(net, parts):
-    """EncapNet with the first `parts` of PARTS alone."""
-    for undo in reversed(list(PARTS.values())[parts:]):
+def use_parts(net, n):
+    """Leave an EncapNet the first n of PARTS."""
+    for undo in reversed(list(PARTS.values())[n:]):
         undo(net)
 
 
-def steps(data_path, seeds=3):
-    """The setting of Table 3 in small, with held-out images for the test -> figure, found.
+def errors_of(network, seed, data_path):
+    """Train one of NETWORKS in the setting of Table 3 in small -> errors in %: held-out images, the
+    images of the last epoch in training."""
+    k = NETWORKS.index(network)
+    config = row_config(SMALL, model_row("encapnet" if k > 0 else "resnet18", feedback=0), dict(
+        data_path=f"{data_path}/cifar10-jpeg", hold_out=True, augment="+", flip=True, seed=seed,
+        loss="ce" if k <= len(PARTS) else "margin", device="cpu", channels_last=True))
+    device = start(config)
+    run = build_run(config, load_data(config, device), device)
+    if k > 0:
+        use_parts(run.net, k - 1)
+        run.optimizer = make_optimizer(config, run.net.parameters(), device)
+    while run.epoch < config.epochs:
+        wrong = [train_step(run, *batch)[2] for batch in batches(run)]
+    return evaluate(run)["error"], 100 * torch.stack(wrong).mean().item()
 
-    found: {network: {"held-out", "training": [error in % of each seed]}}
+
+def steps(data_path, seeds=3):
+    """-> figure, found: {"errors": {network: {seed: [held-out, training]}},
+                         "lengths": {first weight of BatchNorm: {d: mean length}}}
     """
-    names = ["ResNet", "EncapNet's layers and skips", *(f"+ {part}" for part in PARTS)]
-    found, data = known("steps"), None
-    for seed in range(seeds):
-        for k, name in enumerate(names):
-            errors = found.setdefault(name, {"held-out": [], "training": []})
-            if len(errors["held-out"]) > seed:
-                continue
-            config = row_config(
-                SMALL, model_row("resnet18" if k == 0 else "encapnet", feedback=0),
-                dict(data_path=f"{data_path}/cifar10-jpeg", augment="+", flip=True, hold_out=True,
-                     loss="margin" if k > len(PARTS) else "ce", seed=seed, device="cpu"))
-            device = start(config)
-            data = data or load_data(config, device)
-            run = build_run(config, data, device)
-            if k > 0:
-                partial_network(run.net, k - 1)
-                run.optimizer = make_optimizer(config, run.net.parameters(), device)
-            wrong = train(run)
-            errors["training"].append(wrong)
-            errors["held-out"].append(evaluate(run)["error"])
-            say(f"{name}, seed {seed}: error {errors['held-out'][-1]:.2f} %, training {wrong:.2f}")
-            keep("steps", found)
-    figure, ((axis,),) = canvas(1, 1, width=8, height=4)
-    for kind, colour in zip(("held-out", "training"), COLOURS, strict=False):
-        middles, halves = zip(*(interval(found[name][kind]) for name in names), strict=True)
-        axis.errorbar(middles, range(len(names)), xerr=halves, fmt="o", capsize=2, color=colour,
-                      label=f"{kind} images")
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.set_xlabel(f"error (%), mean and 95 % interval of {seeds} seeds")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return figure, found
+    found = known("steps") or {"errors": {network: {} for network in NETWORKS}}
+    for seed in map(str, range(seeds)):                      # as JSON has it
+        for network in NETWORKS:
+            errors = found["errors"][network]
+            if seed not in errors:
+                errors[seed] = errors_of(network, int(seed), data_path)
+                say(f"{network}, seed {seed}: error: held-out {errors[seed][0]:.2f} %, "
+                    f"training {errors[seed][1]:.2f} %")
+                keep("steps", found)
+    found["lengths"] = {}
+    for name, undo in (("1 / sqrt(d)", lambda net: None), ("1", unscaled)):
+        net = encapnet.build("encapnet", image_size=16, types=4)
+        undo(net)
+        found["lengths"][name] = starting_lengths(net, torch.randn(64, 3, 16, 16))
+    return draw_steps(found), found
+
+
+def draw_steps(found):
+    figure, ((left, right),) = canvas(1, 2, width=12, height=3.6)
+    for (name, lengths), colour in zip(found["lengths"].items(), COLOURS, strict=False):
+        left.plot(list(lengths), list(lengths.values()), "o-", color=colour, label=name)
+    left.set(xlabel="capsule dimension d", ylabel="mean length, untrained", ylim=(0, 1),
+             xticks=list(lengths))
+    left.legend(fontsize=8, title="BatchNorm starts at")
+    seeds = [list(zip(*errors.values(), strict=True)) for errors in found["errors"].values()]
+    for k, images in enumerate(("held-out", "training")):
+        middles, halves = zip(*(interval(kinds[k]) for kinds in seeds), strict=True)
+        right.errorbar(middles, range(len(seeds)), xerr=halves, fmt="o", capsize=2,
+                       color=COLOURS[k], label=f"{images} images")
+    right.set_yticks(range(len(seeds)), list(found["errors"]))
+    right.invert_yaxis()
+    right.set_xlabel("error (%), mean and 95 % interval over seeds")
+    right.legend(fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return figure
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -318,14 +294,14 @@ def keep(name, found):
 
 def command(words):
     parser = Parser("python -m lab.why", description=__doc__)
-    parser.add_argument("name", choices=("em", "burst", "scale", "steps"),
+    parser.add_argument("name", choices=("em", "burst", "steps"),
                         help="what to measure, as above")
     parser.add_argument("--data-path", default="data", metavar="DIR",
                         help="folder with MNIST, for em, and cifar10-jpeg, for steps "
                         "(default: data)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(words)
-    measure = {"em": partial(em, given.data_path), "burst": burst, "scale": scale,
+    measure = {"em": partial(em, given.data_path), "burst": burst,
                "steps": partial(steps, given.data_path)}[given.name]
     figure, found = measure()
     save_figure(figure, RUNS / f"why-{given.name}.png")
