@@ -759,12 +759,12 @@ def test_rows_of_the_study_of_routing_build_what_they_are_called():
             assert net.types == 4
             assert (config.dataset, config.image_size) == ("mnist", side)
     assert [make_model(config, 10, 1).routed[1].softmax for *_, config in cells_of(over_j)] \
-        == ["out", "out"]
+        == ["out"]
     for row, _, config in cells_of(starts):
         b = make_model(config, 10, 1).routed[0].b
         kind = "zero" if b is None else "learnable" if b.requires_grad else "random"
         assert kind == row and config.image_size == 16
-    assert len(cells_of(starts)) == 3 * 2
+    assert len(cells_of(starts)) == 3
 
 
 def test_the_small_studies_of_tables_4_and_5_build_what_they_are_called():
