@@ -197,6 +197,12 @@ def build_run(config, data, device):
     """A network with all that its training needs, before the first step."""
     torch.manual_seed(config.seed)
     net = make_model(config, len(data.classes), len(data.mean)).to(device)
+    if config.channels_last and device.type == "cpu" and any(
+            isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
+            and m.in_channels < 8 for m in net.modules()):
+        say("--channels-last: off, some versions of torch crash in this network's narrow strided "
+            "1x1 convolutions on a CPU")
+        config = dataclasses.replace(config, channels_last=False)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     if world() > 1 and device.type == "cuda":             # on a CPU each process has its own
@@ -269,7 +275,8 @@ def finish(run):
     config, multi_crop = run.config, run.config.augment != "none"
     test = measure.evaluate(run, multi_crop)
     result = {
-        "seed": config.seed, "epochs": config.epochs, **test, "multi_crop": multi_crop,
+        "data": run.data.name, "seed": config.seed, "epochs": config.epochs, **test,
+        "multi_crop": multi_crop,
         "outcome": "at chance" if measure.at_chance(run, test["error"]) else "ok",
         "unbalanced": measure.unbalanced(run.data.train.labels),
         "parameters": sum(p.numel() for p in run.net.parameters()),

@@ -77,6 +77,10 @@ def write_file(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):                # Windows has no descriptors of folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)                              # or a power cut may undo the renaming
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):                # on a full or failing disk
             temporary.unlink(missing_ok=True)

@@ -649,14 +649,14 @@ def test_an_error_is_of_the_images_that_its_caption_names():
 
 def test_a_row_of_a_study_tells_how_each_column_was_run_or_once_what_all_share(cli):
     """And a dash for what has not been."""
-    cells = [config for (row, _), config in part_cells(TABLES["routing"][0], {}).items()
-             if row == "3"]
+    cells = [config for (row, _), config in part_cells(TABLES["losses"][0], {}).items()
+             if row == "margin"]
     published(*(result(cells[k], seed, epochs=epochs) for k, seed, epochs in (
-        (0, 0, 60), (0, 1, 60), (1, 0, 30), (2, 0, 20), (2, 1, 20))))
-    text, = reported(cli, "table routing/1")
-    *shown, how = numbers(text, "3")
-    assert shown == ["10.00 ± 0.00", "10.00", "10.00 ± 0.00", "–"]
-    assert how == "2 seeds / 1 seed / 2 seeds, 60 epochs / 30 epochs / 20 epochs, H100"
+        (0, 0, 60), (0, 1, 60), (1, 0, 30))))
+    text, = reported(cli, "table losses/1")
+    *shown, how = numbers(text, "margin")
+    assert shown == ["10.00 ± 0.00", "10.00", "–"]
+    assert how == "2 seeds / 1 seed, 60 epochs / 30 epochs, H100"
 
 
 def test_costs_are_of_the_same_settings_and_device(cli):
@@ -727,6 +727,17 @@ def test_report_renders_and_checks(cli):
     assert_one_line(cli("--report --check"), "does not agree", code=1)
 
 
+def test_a_finished_run_can_be_published(cli, quick, monkeypatch):
+    """Its line moves to results/ as it is, and the page has it."""
+    monkeypatch.setattr(fit.measure, "at_chance", lambda run, error: False)
+    assert cli(f"{MINIATURE} --model cnn-same --set width=0.1").code == 0
+    Path("results").mkdir()
+    Path("runs/results.jsonl").rename("results/runs.jsonl")
+    Path("README.md").write_text("<!-- runs -->\n<!-- end -->\n")
+    assert cli("--report").code == 0
+    assert "` | pictures | " in Path("README.md").read_text()
+
+
 def test_the_authors_logs_are_counted_in_table_1s_unit_beside_the_papers_own_rows():
     """On the page, whose figures are those of authors-logs.jsonl."""
     results = Path(train.__file__).parent / "results"
@@ -780,20 +791,20 @@ def test_rows_of_the_study_of_routing_build_what_they_are_called():
     *iterations, over_j, starts = TABLES["routing"]
     for part, side in zip(iterations, (16, 32), strict=True):
         cells = cells_of(part)
-        assert len(cells) == 4 * 4
+        assert len(cells) == 4 * 2
         for row, column, config in cells:
             net = make_model(config, 10, 1)
             assert [layer.iterations for layer in net.routed] == 2 * [int(row)]
             assert net.routed[0].routing == ("em" if column.startswith("EM") else "dynamic")
-            assert len(net.stem) == (5 if "fifth" in column else 4) and net.types == 4
+            assert net.types == 4
             assert (config.dataset, config.image_size) == ("mnist", side)
     assert [make_model(config, 10, 1).routed[1].softmax for *_, config in cells_of(over_j)] \
-        == ["out", "out"]
+        == ["out"]
     for row, _, config in cells_of(starts):
         b = make_model(config, 10, 1).routed[0].b
         kind = "zero" if b is None else "learnable" if b.requires_grad else "random"
         assert kind == row and config.image_size == 16
-    assert len(cells_of(starts)) == 3 * 2
+    assert len(cells_of(starts)) == 3
 
 
 def test_the_small_studies_of_tables_4_and_5_build_what_they_are_called():
