@@ -39,6 +39,8 @@ def check_finite(run):
 
 def save(run, keep=True):
     """Write last.pt, unless it would hold a NaN; the one before becomes previous.pt, or is lost."""
+    now = time.monotonic()
+    run.seconds, run.saved = run.seconds + now - run.saved, now
     average_totals(run)
     if rank() == 0:
         check_finite(run)
@@ -51,7 +53,6 @@ def save(run, keep=True):
         torch.save(state, buffer)
         write_file(run.folder / "last.pt", buffer.getvalue(),
                    keep=run.folder / "previous.pt" if keep else None)
-    run.saved = time.monotonic()
 
 
 def read_checkpoint(path):

@@ -76,7 +76,7 @@ class Run:
     step: int = 0                  # completed in this epoch
     totals: Tensor = None          # sums over steps: 1, then what train_step gives
     history: list = dataclasses.field(default_factory=list)     # one entry per epoch
-    seconds: float = 0.0           # spent on it so far
+    seconds: float = 0.0           # spent on it until it was saved last
     moments: list = dataclasses.field(default_factory=list)     # Figure 2's, of routed networks
 
     @property
@@ -226,6 +226,7 @@ def begin(run, state):
         say(f"{run.folder}: going on after epoch {run.epoch}, step {run.step}")
     else:
         look_at_routing(run)
+    run.saved = time.monotonic()
     checkpoint.save(run, keep=False)                      # over a damaged one, if that it was
     checkpoint.write_log(run)
     weights = sum(p.numel() for p in run.net.parameters())
@@ -244,23 +245,23 @@ def look_at_routing(run):
         run.moments.append({"epoch": run.epoch, **found})
 
 
-def finish_epoch(run, since, images):
+def finish_epoch(run, images):
     """Test, log, print."""
     checkpoint.average_totals(run)
     n, *sums = run.totals.tolist()
     loss, feedback, wrong, norm, clipped = (total / n for total in sums)
     test = measure.evaluate(run)
-    run.seconds += time.monotonic() - since
+    seconds = run.seconds + time.monotonic() - run.saved
     run.epoch, run.step = run.epoch + 1, 0
     run.totals.zero_()
     entry = {"epoch": run.epoch, "lr": run.optimizer.param_groups[0]["lr"], "loss": loss,
              "feedback": feedback, "gradient_norm": norm, "clipped_percent": 100 * clipped,
              "train_error": 100 * wrong, "test_error": test["error"],
              "test_top5_error": test["top5_error"], "told_apart": measure.told_apart(run),
-             "time": {"seconds": run.seconds, "images_per_second": images}}
+             "time": {"seconds": seconds, "images_per_second": images}}
     run.history.append(entry)
     look_at_routing(run)
-    left = run.seconds / run.epoch * (run.config.epochs - run.epoch)
+    left = seconds / run.epoch * (run.config.epochs - run.epoch)
     gradient = f"gradient {norm:.2g}" + f", {100 * clipped:.0f} % clipped" * (run.config.clip > 0)
     say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss:.4f}  feedback {feedback:.4f}  "
         f"{gradient}  error: train {100 * wrong:5.2f} %  {tested_on(run.config)} "
@@ -323,5 +324,5 @@ def fit(config):
                 since, before = time.monotonic(), run.step
                 train_epoch(run)
                 speed = (run.steps - before) * run.batch / max(1e-9, time.monotonic() - since)
-                finish_epoch(run, since, speed)
+                finish_epoch(run, speed)
             return finish(run)
