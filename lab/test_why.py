@@ -237,9 +237,10 @@ def test_steps_run_what_is_missing_and_are_drawn(tmp_path, monkeypatch):
     left, right = figure.axes
     assert {line.get_label(): line.get_ydata()[-1] for line in left.lines} == {
         "1 / sqrt(d)": pytest.approx(0.3, abs=0.03), "1": pytest.approx(0.86, abs=0.03)}
-    for bars, (first, step) in zip(right.containers, ((0.5, 10), (0.25, 1)), strict=True):
+    for bars, (first, step, below) in zip(right.containers, ((0.5, 10, -0.125), (0.25, 1, 0.125)),
+                                          strict=True):
         assert bars[0].get_xdata().tolist() == [first + step * k for k in range(8)]
-        assert bars[0].get_ydata().tolist() == list(range(8))
+        assert bars[0].get_ydata().tolist() == [k + below for k in range(8)]
     (low, *_), (high, *_) = right.containers[0][2][0].get_segments()[0]
     assert high - low == pytest.approx(2 * 12.706 * 0.5, rel=1e-3)      # Student's t
     assert [bars.get_label() for bars in right.containers] == ["held-out images", "training images"]

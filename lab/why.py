@@ -265,8 +265,9 @@ def draw_steps(found):
     seeds = [list(zip(*errors.values(), strict=True)) for errors in found["errors"].values()]
     for k, images in enumerate(("held-out", "training")):
         middles, halves = zip(*(interval(kinds[k]) for kinds in seeds), strict=True)
-        right.errorbar(middles, range(len(seeds)), xerr=halves, fmt="o", capsize=2,
-                       color=COLOURS[k], label=f"{images} images")
+        places = [network + (k - 0.5) / 4 for network in range(len(seeds))]
+        right.errorbar(middles, places, xerr=halves, fmt="o", capsize=2, color=COLOURS[k],
+                       label=f"{images} images")
     right.set_yticks(range(len(seeds)), list(found["errors"]))
     right.invert_yaxis()
     right.set_xlabel("error (%), mean and 95 % interval over seeds")
