@@ -35,9 +35,15 @@ from lab.tables import FIGURES, TABLES, report, show_figure, show_table
 from lab.use import predict, test_only
 
 
+def as_flag(setting):
+    name, value = setting
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+
 def make_parser():
     """One flag for every field of Config, and the commands."""
-    recipes = (textwrap.fill(f"{dataset}: {settings}", 79, subsequent_indent="  ")
+    recipes = (textwrap.fill(" ".join([f"{dataset}:", *map(as_flag, settings.items())]), 95,
+                             subsequent_indent="    ", break_on_hyphens=False)
                for dataset, settings in OURS.items())
     parser = Parser("train.py", description=__doc__,
                     epilog="The defaults above are the paper's, --recipe paper.  Unless asked for "
@@ -47,13 +53,16 @@ def make_parser():
     commands = parser.add_argument_group("what to do; without one of these: train")
     one = commands.add_mutually_exclusive_group()
     one.add_argument("--table", choices=TABLES, help="run a table of the paper, or a study of ours")
-    commands.add_argument("--row", nargs="+", metavar="TEXT", help="rows with this in their name")
-    commands.add_argument("--seeds", type=number(1), metavar="K", help="runs of each row, or 1")
-    one.add_argument("--figure", choices=FIGURES, help="draw a figure; one of the paper runs what "
-                     "it lacks first")
+    commands.add_argument("--row", nargs="+", metavar="TEXT",
+                          help="with --table: only rows with this in their name")
+    commands.add_argument("--seeds", type=number(1), metavar="K",
+                          help="with --table: runs of each row (default: 1)")
+    one.add_argument("--figure", choices=FIGURES,
+                     help="draw a figure of the paper, after running what it lacks")
     one.add_argument("--report", action="store_true", help="render README's tables from results/")
-    commands.add_argument("--check", action="store_true", help="only compare, exit 1 if it differs")
-    one.add_argument("--bench", action="store_true", help="speed and memory of a training step")
+    commands.add_argument("--check", action="store_true",
+                          help="with --report: only compare, exit 1 if they differ")
+    one.add_argument("--bench", action="store_true", help="measure a training step")
     one.add_argument("--test-only", action="store_true", help="test the network of --resume")
     one.add_argument("--predict", nargs="+", metavar="IMAGE", help="classify images or folders")
     one.add_argument("--list", action="store_true", help="models, data sets, tables")

@@ -81,36 +81,41 @@ class Config:
     data_path: str = data_option("data", help="where data sets are, or go", free=True)
     image_size: int = data_option(0, help="side of the square that the network sees (images: short "
                                   "side resized, middle cut out); 0: the data set's")
-    train_images: int = data_option(0, help="use only N, always the same; 0: all", metavar="N")
+    train_images: int = data_option(0, help="use only N, always the same ones; 0: all", metavar="N")
     test_images: int = data_option(0, help="the same for the test", metavar="N")
     resample: bool = data_option(False, help="with --train-images: others for every seed")
-    hold_out: bool = data_option(False, help="test every tenth training image, to choose settings")
-    augment: str = data_option("none", choices=("none", "+", "++"), help="+: random crops, many "
-                               "at the test; ++: also flip (not digits), jitter, schedule x 1.5")
+    hold_out: bool = data_option(False, help="to choose settings by: every tenth training image is "
+                                 "tested, not trained on")
+    augment: str = data_option("none", choices=("none", "+", "++"), help="+: random crops, "
+                               "several per test image; ++: also mirrored (not digits), colour "
+                               "jitter, 1.5 times the epochs")
     flip: bool = data_option(False, help="mirror training images (folder, ++: yes; digits: no)")
     class_list: str = data_option("", help="h-imagenet: a file of other classes")
     unreadable: str = data_option("stop", help="images that cannot be read; trust: do not look "
                                   "beforehand", free=True, choices=("stop", "skip", "trust"))
-    workers: int = data_option(min(8, os.cpu_count() or 1), help="processes to read", free=True)
+    workers: int = data_option(min(8, os.cpu_count() or 1), help="processes that read files",
+                               free=True)
     model: str = model_option("encapnet", help="see --list", metavar="MODEL",
                              choices=(*encapnet.MODELS, *PEERS))
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
-    init: str = model_option("", help="start from the weights of this run", metavar="RUN")
-    loss: str = model_option("", help="networks with logits: ce, others: margin",
+    init: str = model_option("", help="start from the weights of another run", metavar="RUN")
+    loss: str = model_option("", help="default: ce for networks with logits, else margin",
                              choices=("margin", "spread", "spread-fixed", "ce"))
     lam: float = model_option(10.0, help="weight of the feedback divergence")
     recipe: str = train_option("default", choices=("default", "paper", "fast"),
-                               help="default: the paper's, or of minutes (digits, folder); fast: "
-                               "of an evening")
+                               help="default: the paper's, but for digits and folder one that "
+                               "takes minutes; fast: one that takes an evening")
     optimizer: str = train_option("adam", help="[Table 5]", choices=("adam", "rmsprop", "sgd"))
     lr: float = train_option(1e-4, help="learning rate")
     weight_decay: float = train_option(5e-4, help="L2 penalty")
     batch_size: int = train_option(128, help="over all processes", type=number(1))
     fit_batch: bool = train_option(False, help="batches of at most a twentieth of the images")
-    epochs: int = train_option(600, help="scales the milestones with it", free=True)
-    steps: int = train_option(0, help="as many epochs as make about N steps", metavar="N")
-    clip: float = train_option(0.0, help="largest norm of the gradient; 0: any", metavar="NORM")
+    epochs: int = train_option(600, help="the milestones scale with them", free=True)
+    steps: int = train_option(0, help="instead of --epochs: as many as make about N steps",
+                              metavar="N")
+    clip: float = train_option(0.0, help="scale the gradient down to this norm; 0: never",
+                               metavar="NORM")
     schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
