@@ -575,6 +575,20 @@ def test_routing_without_votes_frees_each_block_s_arrays(kind, blocks, monkeypat
     assert 0 < live.most < blocks * encapnet.BLOCK
 
 
+@pytest.mark.parametrize("softmax, blocks", [("in", 3 * 2), ("out", 3)])
+def test_dynamic_routing_works_in_blocks_of_samples_and_where_they_do_not_compete_of_capsules(
+        softmax, blocks, monkeypatch):
+    """70 higher capsules, in two blocks or in one; 5 samples, of which 2 fit into a block."""
+    layer, (u,) = routed(softmax, types=2, in_dim=3, n_out=70, d=2, P=4)
+    u, calls, true = torch.cat([u] * 5)[:5], [], encapnet.dynamic_iterations
+    monkeypatch.setattr(encapnet, "BLOCK", 2 * 8 * (64 if softmax == "in" else 70))
+    monkeypatch.setattr(encapnet, "dynamic_iterations", lambda *block: calls.append(block)
+                        or true(*block))
+    without, with_votes = (form(u) for form in reversed(list(both_forms(layer))))
+    assert len(calls) == blocks
+    assert_same(without, with_votes, 1e-9)
+
+
 CLOUDS = {"tight": lambda u: 3 + 1e-2 * u, "spread": lambda u: 2 * u, "far": lambda u: 100 + u}
 
 

@@ -14,7 +14,7 @@ from lab import folders
 from lab.digits import draw_digits
 from lab.folders import Files, chosen, drawn_by
 from lab.results import data_name
-from lab.runtime import Problem, count, rank, reason, say, world
+from lab.runtime import Problem, rank, reason, world
 
 
 @dataclasses.dataclass
@@ -132,8 +132,6 @@ def read_data(config, device):
         if isinstance(images, Tensor) and images.nbytes <= folders.HELD_BYTES:
             images = images.contiguous().to(device)
         halves.append(Split(images, labels.to(device)))
-    if unseen := len(classes) - len(halves[0].labels.unique()):
-        say(f"{data_name(config)}: {count(unseen, 'class')} without a training image")
     if len(classes) < 2:
         raise Problem(f"{data_name(config)} has one class, {classes[0]}: nothing to tell apart")
     mean, std = channel_moments(halves[0], device)

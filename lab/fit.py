@@ -304,6 +304,8 @@ def fit(config):
     folder = Path(folder[0])
     with checkpoint.locked(folder):                       # before images are read for an hour
         data = load_data(config, device)
+        if unseen := len(data.classes) - len(data.train.labels.unique()):
+            say(f"{data.name}: {count(unseen, 'class')} without a training image")
         if config.steps:
             epochs = round(config.steps * batch_size(config, len(data.train)) / len(data.train))
             config = dataclasses.replace(with_epochs(config, max(1, epochs)), steps=0)

@@ -359,6 +359,17 @@ def timed(monkeypatch):
     return start
 
 
+@pytest.mark.parametrize("labels, told", [
+    ([0, 1, 2, 2], ""), ([0, 2, 0, 2], "1 class without"), ([1, 1, 1, 1], "2 classes without")])
+def test_classes_without_a_training_image_are_told(labels, told, trial, capsys):
+    data = toy_data(train=4)
+    data.train.labels[:] = torch.tensor(labels)
+    trial(data, Toy)
+    fit.fit(config_of(epochs=0, output_dir="run"))
+    out = capsys.readouterr().out
+    assert told in out and ("without a training image" in out) == bool(told)
+
+
 @pytest.mark.parametrize("seconds, steps", [(0, [0, 1, 2, 3, 4]), (20, [0, 2, 4]), (25, [0, 3]),
                                             (1000, [0])])
 def test_a_checkpoint_is_saved_after_so_many_seconds(seconds, steps, trial, timed, monkeypatch):
