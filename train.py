@@ -102,7 +102,7 @@ def with_run(given, finished):
     """The run of --resume, or where no path was given the newest."""
     path = given.get("resume") or given.get("output_dir") or newest(finished)
     if not path:
-        raise Problem(f"no run in {RUNS}/ to take; give --resume PATH")
+        raise Problem(f"no {'' if finished else 'unfinished '}run in {RUNS}/; give --resume PATH")
     return {**given, "resume": path}
 
 

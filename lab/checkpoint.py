@@ -83,6 +83,8 @@ def begun(folder):
 def load_checkpoint(path):
     """last.pt of a run's folder, or if that is damaged the one before, and says so; or any file."""
     path = run_folder(path)
+    if not path.exists():
+        raise Problem(f"there is no run {path}")
     if not path.is_dir():
         return read_checkpoint(path)
     try:

@@ -111,7 +111,7 @@ def draw_figure4(lines, title, path):
     for name, found in lines.items():
         axis = axes[0, int(name.startswith("ResNet"))]
         loss = torch.tensor([r["curves"]["loss"] for r in found]).mean(0).tolist()
-        axis.plot(range(1, len(loss) + 1), loss, "-" if "OT" in name else "--",
+        axis.plot(range(1, len(loss) + 1), loss, ".-" if "OT" in name else ".--",
                   color=COLOURS["OT" in name], label=name)
         axis.set_ylabel("classification loss")
         whole_epochs(axis)

@@ -75,17 +75,17 @@ def predict(paths, given):
         filter(is_image, files_below(path)) if Path(path).is_dir() else [path])]
     if not files:
         raise Problem(f"no images in {', '.join(paths)[:200]}")
-    bad = 0
+    bad = []
     for file in files:
         try:
             scores = net(transform(file))[0][0]
         except Exception as error:                                       # PIL raises all kinds
             why = getattr(error, "strerror", None) or error
             print(f"{file}: cannot read it ({reason(why)})")
-            bad += 1
+            bad.append(str(file))
             continue
         values, order = (scores.softmax(0) if net.logits else scores).sort(descending=True)
         print(f"{file}:", ", ".join(f"{classes[k]} {value:.3f}" for k, value in zip(
             order[:10].tolist(), values.tolist(), strict=False)))
     if bad:
-        raise Problem(f"{bad} of {len(files)} images cannot be read: {', '.join(paths)[:200]}", 1)
+        raise Problem(f"{len(bad)} of {len(files)} images cannot be read: {', '.join(bad)[:200]}", 1)
