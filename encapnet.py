@@ -197,6 +197,7 @@ def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
 
     lengths: (B, K);  target: (B,), class indices, or (B, K), 1 for each class present -> scalar
     """
+    check_shape("lengths", lengths, "B K")
     B, K = lengths.shape
     T = target.to(lengths.dtype)
     if target.dim() == 1:
@@ -482,8 +483,8 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
                         plan_grad=False):
     """How far two clouds of samples are from each other: 2 W(x,y) - W(x,x) - W(y,y).   [Eq. (11)]
 
-    W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  W(x, x) is above 0, and W(x, y) alone
-    is least where y is narrower than x, which the other terms correct.  POT and geomloss use half.
+    W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  W(x, x) > 0, and W(x, y) alone is
+    least where y is narrower than x, which the other terms correct.  POT and geomloss halve it.
     x: (..., n, d);  y: (..., m, d);  cost: "cosine" or "l2";  eps, iterations: as sinkhorn_plan
     bias_fix: False gives W(x, y) alone   [Table 3 (d1)]
     plan_grad: differentiate through the plan as well [Table 3 (d2)].  By default it is a constant:

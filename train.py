@@ -28,7 +28,18 @@ from functools import partial
 import encapnet
 from lab import bench
 from lab.checkpoint import load_checkpoint, newest, run_folder
-from lab.config import DATASETS, OURS, PEERS, Config, Parser, make_config, merge, number, tested_on
+from lab.config import (
+    DATASETS,
+    FAST,
+    OURS,
+    PEERS,
+    Config,
+    Parser,
+    make_config,
+    merge,
+    number,
+    tested_on,
+)
 from lab.fit import clock, fit
 from lab.runtime import RUNS, Problem, count, guarded, say
 from lab.tables import FIGURES, TABLES, report, show_figure, show_table
@@ -44,7 +55,7 @@ def make_parser():
     """One flag for every field of Config, and the commands."""
     recipes = (textwrap.fill(" ".join([f"{dataset}:", *map(as_flag, settings.items())]), 95,
                              subsequent_indent="    ", break_on_hyphens=False)
-               for dataset, settings in OURS.items())
+               for dataset, settings in {**OURS, "--recipe fast": FAST}.items())
     parser = Parser("train.py", description=__doc__,
                     epilog="The defaults above are the paper's, --recipe paper.  Unless asked for "
                            "it, these data sets have\na recipe of ours, of a few minutes (digits: "
@@ -63,8 +74,11 @@ def make_parser():
     commands.add_argument("--check", action="store_true",
                           help="with --report: only compare, exit 1 if they differ")
     one.add_argument("--bench", action="store_true", help="measure a training step")
-    one.add_argument("--test-only", action="store_true", help="test the network of --resume")
-    one.add_argument("--predict", nargs="+", metavar="IMAGE", help="classify images or folders")
+    one.add_argument("--test-only", action="store_true",
+                     help="test the network of --resume (default: the newest)")
+    one.add_argument("--predict", nargs="+", metavar="IMAGE",
+                     help="classify images, or those in folders, by the network of --resume "
+                     "(default: the newest)")
     one.add_argument("--list", action="store_true", help="models, data sets, tables")
     commands.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(parser)
@@ -157,7 +171,8 @@ def check_commands(commands, given):
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):
-            raise Problem(f"--row {word!r}: no such row; choose from {', '.join(rows)}")
+            raise Problem(f"--row {word!r}: no such row; choose from "
+                          f"{', '.join(dict.fromkeys(rows)) or 'none: networks alone'}")
 
 
 def command(commands, given):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -158,7 +159,8 @@ def numbered_folder(config):
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            pass
+            if not folder.exists():                       # runs/ is a link to nothing
+                raise
 
 
 @contextlib.contextmanager
@@ -197,7 +199,9 @@ def caught_signals():
         first.append(time.monotonic())
         signals.append(number)
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    main = threading.current_thread() is threading.main_thread()         # others may not
+    caught = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = {s: signal.signal(s, handler) for s in caught}
     try:
         yield signals
     finally:

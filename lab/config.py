@@ -12,7 +12,7 @@ from lab.runtime import Problem, pick_device
 
 # ---- Names: data sets, and models; torchvision has the peers of Table 4 --------------------------
 
-Source = namedtuple("Source", "side flips note")   # of images; whether a mirror image is as good
+Source = namedtuple("Source", "side flips note")   # of images; may they be mirrored?
 DATASETS = {
     "digits": Source(32, False, "printed digits like SVHN's, drawn on the fly"),
     "mnist": Source(32, False, "60,000 + 10,000 grey digits, padded to 32x32"),
@@ -52,7 +52,9 @@ def number(low, kind=int):
 
 def assignment(text):
     """Argument type: types=8 -> ("types", 8); values are Python literals, else strings."""
-    name, value = text.split("=", 1)
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be KEY=VALUE")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -89,7 +91,8 @@ class Config:
     augment: str = data_option("none", choices=("none", "+", "++"), help="+: random crops, "
                                "several per test image; ++: also mirrored (not digits), colour "
                                "jitter, 1.5 times the epochs")
-    flip: bool = data_option(False, help="mirror training images (folder, ++: yes; digits: no)")
+    flip: bool = data_option(False, help="mirror training images (default for folder and ++, not "
+                             "for digits)")
     class_list: str = data_option("", help="h-imagenet: a file of other classes")
     unreadable: str = data_option("stop", help="images that cannot be read; trust: do not look "
                                   "beforehand", free=True, choices=("stop", "skip", "trust"))
@@ -99,7 +102,8 @@ class Config:
                              choices=(*encapnet.MODELS, *PEERS))
     set: dict = model_option({}, help="a keyword of the model, such as types=8; repeatable",
                              type=assignment, action="append", metavar="KEY=VALUE")
-    init: str = model_option("", help="start from the weights of another run", metavar="RUN")
+    init: str = model_option("", help="start from the weights of another run; where classes "
+                             "differ, the class layer starts anew", metavar="RUN")
     loss: str = model_option("", help="default: ce for networks with logits, else margin",
                              choices=("margin", "spread", "spread-fixed", "ce"))
     lam: float = model_option(10.0, help="weight of the feedback divergence")
@@ -173,7 +177,7 @@ def make_config(**given):
         raise Problem("--steps settles the epochs: no --epochs with it, and no --milestones")
     if config.augment == "++" and "epochs" not in given:                 # our choice
         config.steps, config.epochs = round(1.5 * config.steps), round(1.5 * config.epochs)
-    if "milestones" not in given:                                        # idle in one cycle
+    if "milestones" not in given:                                        # one-cycle ignores them
         planned = Config if config.schedule == "steps" else Config(**settings)
         config = with_epochs(dataclasses.replace(config, epochs=planned.epochs), config.epochs)
     source = DATASETS[config.dataset]

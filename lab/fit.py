@@ -94,7 +94,7 @@ class Run:
 
 
 def batch_size(config, images):
-    """Images of a step; a recipe takes at most a twentieth of all, so that an epoch has steps."""
+    """Images of a step; with --fit-batch at most a twentieth of all: an epoch has 20 steps."""
     n = min(config.batch_size, max(2, images // 20) if config.fit_batch else images)
     return max(world(), n - n % world())
 

@@ -59,7 +59,7 @@ def decode(file, side, box=None):
             image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":                             # 16 or 32 bits, whichever way stored
         image = Image.fromarray(as_bytes(np.asarray(image.convert("F"))))
-    if image.has_transparency_data:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB").crop(box) if box else image.convert("RGB")
@@ -124,7 +124,8 @@ def read_images(files, folder, unreadable):
     fits, n = len(files) * 3 * files.side ** 2 <= HELD_BYTES, count(len(files), "image")
     if not fits and unreadable == "trust":
         return files, range(len(files))
-    say(f"{'reading' if fits else 'checking'} {n} of {folder}")
+    say(f"reading {n} of {folder}" if fits else
+        f"checking {n} of {folder} (--unreadable trust: do not)")
 
     def read(k):
         try:
@@ -160,8 +161,8 @@ def load_classes(config, held, classes, boxes):
     for split in ("train", "test"):
         folder = split_folder(Path(config.data_path), split)
         files = [(path, k) for k, name in enumerate(classes) for path in files_below(folder / name)]
-        if others := {Path(path).suffix for path, _ in files if not is_image(path)}:
-            say(f"{folder}: passed over, not images by their names: *{', *'.join(sorted(others))}")
+        if others := {Path(path).suffix or path for path, _ in files if not is_image(path)}:
+            say(f"{folder}: passed over, not images by their names: {', '.join(sorted(others))}")
         files = [(path, k) for path, k in files if is_image(path)]
         samples = [((path, box), k) for path, k in files
                    for box in boxes.get(Path(path).stem, [None])]
@@ -171,7 +172,8 @@ def load_classes(config, held, classes, boxes):
             if split == "train" or not samples:
                 raise Problem(f"{told} (known by their names: {' '.join(SUFFIXES)})")
             say(f"{told}: not tested")
-        names = json.dumps([(Path(path).name, k, os.path.getsize(path)) for path, k in files])
+        names = json.dumps([(Path(path).name, k, os.path.exists(path) and os.path.getsize(path))
+                            for path, k in files])
         sources.append(f"{len(files)} files {hashlib.sha256(names.encode()).hexdigest()[:16]}")
         samples = [samples[k] for k in chosen(len(samples), config, split)]
         images, keep = read_images(Files([s for s, _ in samples], held), folder, config.unreadable)
@@ -211,5 +213,10 @@ def load_h_imagenet(config, held):
     An image without annotations is taken whole; one whose boxes are all small is left out.
     """
     file = Path(config.class_list or Path(__file__).with_name("h-imagenet-classes.txt"))
-    return load_classes(config, held, file.read_text().split(),
-                        annotated_boxes(Path(config.data_path)))
+    try:
+        classes = file.read_text().split()
+    except OSError as error:
+        raise Problem(f"--class-list {file}: {error.strerror}") from error
+    if not classes:
+        raise Problem(f"--class-list {file} is empty")
+    return load_classes(config, held, classes, annotated_boxes(Path(config.data_path)))

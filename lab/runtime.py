@@ -39,16 +39,21 @@ def say(*words):
 def guarded(program, function, arguments=None):
     """function(arguments) -> exit code: 0, 2 for bad input, 1 for a failure, 128 + signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if hasattr(sys.stdout, "reconfigure"):                # what it cannot show, it shows as "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         function(arguments)
         return 0
+    except BrokenPipeError:                               # piped into head
+        return 1
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             error = Problem("interrupted", 130)
-        elif isinstance(error, OSError) and error.strerror:              # full, read-only, gone
-            error = Problem(f"{error.filename or 'a file'}: {error.strerror}", 1)
+        elif type(error) is OSError or getattr(error, "strerror", None):    # full, read-only, gone
+            named = f"{error.filename}: {error.strerror}"
+            error = Problem(named if error.filename else reason(error), 1)
         elif not isinstance(error, Problem):
             error = Problem(f"unexpected {type(error).__name__}: {reason(error)} (--debug shows "
                             "where)", 1)
@@ -79,8 +84,10 @@ def write_file(path, content, keep=None):
         os.replace(temporary, path)
         with contextlib.suppress(OSError):                # Windows has no descriptors of folders
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)                              # or a power cut may undo the renaming
-            os.close(folder)
+            try:
+                os.fsync(folder)                          # or a power cut may undo the renaming
+            finally:
+                os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):                # on a full or failing disk
             temporary.unlink(missing_ok=True)

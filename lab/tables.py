@@ -36,7 +36,7 @@ def attempt(name, function, *arguments):
     try:
         function(*arguments)
         return []
-    except (Problem, RuntimeError, MemoryError) as failure:              # out of memory, mostly
+    except (Problem, RuntimeError, OSError, MemoryError) as failure:     # out of memory, mostly
         if getattr(failure, "code", 1) > 128:
             raise
         told = str(failure) if isinstance(failure, Problem) else reason(failure)
@@ -89,7 +89,7 @@ def measure_costs(part, given):
 def show_table(name, only, seeds, given):
     """Run what a table lacks, and print it."""
     parts, runs = asked_parts(TABLES[name], given, only), read_results()[0]
-    if name == "1" and "WORLD_SIZE" not in os.environ:   # under torchrun a step is of all processes
+    if name == "1" and "WORLD_SIZE" not in os.environ:   # under torchrun processes share a step
         measure_costs(parts[0], given)
     failures = [failure for part in parts
                 for failure in run_missing(part_cells(part, given), seeds, runs)]

@@ -625,7 +625,7 @@ def test_files_that_are_no_images_are_named_once_a_folder(copy, cli):
 
 def test_a_link_to_nothing_is_named(copy, cli):
     (copy / "train/ant/gone.png").symlink_to("nowhere.png")
-    assert_one_line(cli(COPY), "train/ant/gone.png: No such file", code=1)
+    assert_one_line(cli(COPY), "train/ant/gone.png", code=2)
 
 
 @pytest.mark.parametrize("suffix", "jpg jpeg jfif png bmp gif ppm tif tiff webp pgm".split())
@@ -716,7 +716,7 @@ def test_h_imagenet_cuts_boxes_and_checks(cli):
     assert_one_line(cli(H_IMAGENET), "own/train", "n77")
     (Path("own") / "Annotations/n02/n02_train_0.xml").write_text("<annotation><object>")
     assert_one_line(cli(H_IMAGENET), "n02_train_0.xml is damaged")
-    assert_one_line(cli(H_IMAGENET.replace("list.txt", "none.txt")), "none.txt", code=1)
+    assert_one_line(cli(H_IMAGENET.replace("list.txt", "none.txt")), "none.txt")
 
 
 def test_a_box_is_enlarged_by_a_tenth_of_its_sides_if_they_have_50_pixels(tmp_path):

@@ -510,7 +510,7 @@ def test_init_leaves_the_class_layer_alone_where_classes_are_others(classes, tra
     ("--dataset folder --model encapnet-small", "size mismatch for")])
 def test_init_from_what_does_not_fit_is_one_line(words, culprit, trained, cli):
     done = cli(f"--init {trained} --epochs 0 --output-dir run", words)
-    assert_one_line(done, "--init" if "nowhere" not in words else "No such file", culprit)
+    assert_one_line(done, "--init" if "nowhere" not in words else "there is no run", culprit)
     assert not Path("run").exists()
 
 

@@ -23,10 +23,10 @@ def trained(path, given):
 
 
 def load_run(path, **given):
-    """A trained network and test images: others will do, at the scale of those it learned.
+    """A trained network and test images: other images will do, normalised as its training images.
 
-    One training image is read at most, but where more are needed to know which images are tested
-    or whether one can be read.
+    At most one training image is read, except where all are needed to know which are tested or
+    readable.
     """
     config, state, net = trained(path, given)
     device, then = start(config), state["data"]
@@ -88,4 +88,5 @@ def predict(paths, given):
         print(f"{file}:", ", ".join(f"{classes[k]} {value:.3f}" for k, value in zip(
             order[:10].tolist(), values.tolist(), strict=False)))
     if bad:
-        raise Problem(f"{len(bad)} of {len(files)} images cannot be read: {', '.join(bad)[:200]}", 1)
+        told = ", ".join(bad)[:200]
+        raise Problem(f"{len(bad)} of {len(files)} images cannot be read: {told}", 1)
