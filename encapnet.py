@@ -318,12 +318,18 @@ class ComplementConv(nn.Module):
         self.weight = nn.Conv2d((types - 1) * in_dim, types * out_dim, kernel_size).weight
 
     def dense(self):
-        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero."""
+        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero.
+
+        Input types before the output's own keep their index, those after it move up by one.
+        """
         G = self.types
-        blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1)).transpose(1, 2)
-        full = blocks.new_zeros(G, G, *blocks.shape[2:])     # (high, low, out_dim, in_dim, k, k)
-        full[~torch.eye(G, dtype=torch.bool)] = blocks.flatten(0, 1)
-        return full.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1))
+        index = torch.arange(G, device=blocks.device)
+        low, high = index.view(G, 1, 1, 1), index.view(G, 1, 1, 1, 1, 1)
+        before = F.pad(blocks, (0, 0, 0, 0, 0, 0, 0, 1))     # (high, out_dim, low, in_dim, k, k)
+        after = F.pad(blocks, (0, 0, 0, 0, 0, 0, 1, 0))
+        full = torch.where(low < high, before, torch.where(low > high, after, 0.0))
+        return full.flatten(2, 3).flatten(0, 1)
 
     def forward(self, u):
         return F.conv2d(u, self.dense(), stride=self.stride, padding=self.padding)
@@ -492,9 +498,14 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
     -> (...), in the units of the cost
     """
     check_choice(("cosine", "l2"), cost=cost)
-    ground_cost, q_max = {"cosine": (cosine_cost, 2.0), "l2": (l2_cost, None)}[cost]
+    if cost == "cosine":                     # normalised here, once, as each cloud meets two others
+        x, y = normalise(x), normalise(y)
+
+    def ground_cost(x, y):
+        return 1 - x @ y.mT if cost == "cosine" else l2_cost(x, y)
 
     def W(Q):
+        q_max = 2.0 if cost == "cosine" else None
         plan = sinkhorn_plan(Q if plan_grad else Q.detach(), eps, iterations, q_max)
         return (Q * plan).sum((-2, -1))                                  # Eq. (8)
 
