@@ -107,7 +107,6 @@ def squash(s, dim=-1):
 # Dynamic routing takes a weighted mean of the votes and measures agreement by the inner product; EM
 # routing fits a Gaussian and measures agreement by the log density.
 
-
 def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficients=False):
     """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
 
@@ -139,10 +138,10 @@ def standardise(x):
 
     Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula; to
     standardise the log densities of the E-step as well is ours.  They and the cost are sums over
-    the d numbers of a pose, so that between capsules j they differ by tens.  The softmax then
-    assigns each vote to a single capsule; a capsule left with one or two votes has almost no
-    variance, and its next log densities differ by even more: with three iterations a network hardly
-    learns.  Standardised, cost and log density stay of order 1.
+    the d numbers of a pose, in which differences between capsules j add up.  The softmax then
+    assigns more and more votes to a single capsule each; a capsule left with one or two votes has
+    almost no variance, and its next log densities differ by even more: with three iterations a
+    network hardly learns.  Standardised, cost and log density stay of order 1.
     """
     # layer_norm computes x / std - mean / std, which is inexact where |mean| >> std: shift first.
     x = x - x.detach().amax(-1, keepdim=True)
@@ -172,6 +171,8 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
     """
     B, n_in, n_out, _ = votes.shape
     check_shape("activation", activation, "B i", B=B, i=n_in)
+    check_shape("beta_v", beta_v, "j", j=n_out)
+    check_shape("beta_a", beta_a, "j", j=n_out)
     check_positive(iterations=iterations)
     log_a = activation.clamp_min(torch.finfo(votes.dtype).tiny).log()[:, :, None]
     log_R = votes.new_full((B, n_in, n_out), -math.log(n_out))
@@ -189,7 +190,6 @@ def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficie
 
 
 # ---- Losses on class-capsule lengths (B, K) and targets: a scalar, mean over the batch ----------
-
 
 @full_precision
 def margin_loss(lengths, target, m_pos=0.9, m_neg=0.1, lam=0.5):
@@ -221,8 +221,8 @@ def spread_loss(lengths, target, margin):
 
 
 # ---- The routed capsule layer of CapNet ----------------------------------------------------------
-# A vote is v_hat_j|i = w_gj u_i, with one w_gj for all P positions of a type g.  Votes and the two
-# functions above are the definition; the appendix computes the same result without votes.
+# A vote is v_hat_j|i = w_gj u_i, with one w_gj for all P positions of a type g.  The method `votes`
+# and the two functions above are the definition; the appendix has the same result without votes.
 
 # torch 2.6 has no is_exporting
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -523,12 +523,12 @@ def kl_divergence(real, generated):
 
     Deviation 7: the paper gives no formula.
     """
+    check_shape("generated", generated, "B F", B=real.shape[0], F=real.shape[1])
     return F.kl_div(generated.log_softmax(-1), real.log_softmax(-1), log_target=True,
                     reduction="batchmean")
 
 
 # ---- Feedback agreement: the lower layer must be reconstructible from the higher one -------------
-
 
 def gather(x):
     """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable.
@@ -627,7 +627,6 @@ class FeedbackUnit(nn.Module):
 
 
 # ---- The networks.  model(x) -> (scores (B, K), feedback scalar, 0 in eval mode or without units)
-
 
 def conv_bn_relu(c_in, c_out, stride=1):
     return nn.Sequential(*conv_bn(c_in, c_out, 3, stride), nn.ReLU())

@@ -1502,6 +1502,9 @@ def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(call, argu
 @pytest.mark.parametrize("call, words", [
     (lambda: em_routing(VOTES, zeros(2, 5), zeros(3), zeros(3)), "activation .*2, 5.*B=2, i=4"),
     (lambda: em_routing(VOTES, zeros(4), zeros(3), zeros(3)), "activation .*4.*B, i"),
+    (lambda: em_routing(VOTES, zeros(2, 4), zeros(1), zeros(3)), "beta_v .*1.*j=3"),
+    (lambda: em_routing(VOTES, zeros(2, 4), zeros(3), zeros(1)), "beta_a .*1.*j=3"),
+    (lambda: margin_loss(zeros(2), zeros(2).long()), "lengths .*2.*B, K"),
     (lambda: ROUTED()(zeros(2, 1, 4, 3)), "u .*2, 1, 4, 3.*types=2"),
     (lambda: ROUTED()(zeros(2, 2, 4, 1)), "u .*2, 2, 4, 1.*in_dim=3"),
     (lambda: ROUTED(b_init="random", positions=6)(zeros(2, 2, 4, 3)), "u .*2, 2, 4, 3.*P=6"),

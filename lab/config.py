@@ -128,8 +128,8 @@ class Config:
     device: str = run_option("auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     amp: bool = run_option(False, help="bfloat16 where it is safe; recipe fast: on a GPU, yes")
     compile: bool = run_option(False, help="torch.compile the model")
-    channels_last: bool = run_option(False, help="memory format; on a CPU EncapNet is a fifth "
-                                     "to a half faster with it")
+    channels_last: bool = run_option(False, help="memory format of images and convolutions; "
+                                     "on a CPU mostly the faster one")
     deterministic: bool = run_option(False, help="bit-exact on a GPU too, slower")
     output_dir: str = run_option("", help="folder of the run; goes on if one is there already "
                                  "(default: a new one in runs/)", metavar="DIR")

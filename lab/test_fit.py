@@ -101,6 +101,19 @@ def config_of(**fields):
                           "save_every": 1e9, **fields})
 
 
+def cut_off(config, steps, monkeypatch):
+    """Run a Config until it is interrupted after so many steps."""
+    true, count = fit.train_step, iter(range(99))
+
+    def train_step(*given):
+        if next(count) == steps:
+            raise KeyboardInterrupt
+        return true(*given)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit, "train_step", train_step)
+        fit.fit(config)
+
+
 def build(data, **fields):
     return fit.build_run(config_of(**fields), data, CPU)
 
@@ -424,16 +437,8 @@ def test_a_run_that_goes_on_keeps_the_seconds_of_its_epochs_before(trial, timed,
 def test_the_speed_of_an_epoch_that_was_cut_off_is_of_its_other_steps(trial, timed, monkeypatch):
     """Cut off in the second step of the second epoch, after the first was saved."""
     trial(toy_data(train=16), Toy)
-    now, count = timed(10, [5, 5, 0]), iter(range(99))
-    plan, slow_step = config_of(epochs=2, save_every=0, output_dir="run"), fit.train_step
-
-    def cut_off(*given):
-        if next(count) == 5:
-            raise KeyboardInterrupt
-        return slow_step(*given)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fit, "train_step", cut_off)
-        fit.fit(plan)
+    now, plan = timed(10, [5, 5, 0]), config_of(epochs=2, save_every=0, output_dir="run")
+    cut_off(plan, 5, monkeypatch)
     now[0] += 30_000
     seconds = fit.fit(plan)["seconds"]
     assert times("run") == [(45, 0.4), (seconds, 0.4)]
@@ -508,18 +513,21 @@ def test_dropout_and_batchnorm_know_training_from_testing():
     assert modes == 2 * [True, True, False, False]
 
 
+def test_dropout_is_drawn_anew_in_every_step_of_every_seed(trial, monkeypatch):
+    trial(toy_data(), NoisyToy)
+    true, seen = fit.train_step, []
+    monkeypatch.setattr(fit, "train_step",
+                        lambda *given: seen.append(torch.initial_seed()) or true(*given))
+    for seed in range(2):
+        fit.fit(config_of(epochs=2, seed=seed, output_dir=f"run{seed}"))
+    assert len(seen) == len(set(seen)) == 2 * 2 * 2
+
+
 def test_the_random_state_goes_on_where_a_run_was_cut_off(trial, monkeypatch):
     trial(toy_data(), NoisyToy)
     plan = config_of(epochs=3, lr=.1, save_every=0, output_dir="whole")
-    whole, true, count = fit.fit(plan), fit.train_step, iter(range(9))
-
-    def cut_off(*given):
-        if next(count) == 3:
-            raise KeyboardInterrupt
-        return true(*given)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fit, "train_step", cut_off)
-        fit.fit(dataclasses.replace(plan, output_dir="cut"))
+    whole = fit.fit(plan)
+    cut_off(dataclasses.replace(plan, output_dir="cut"), 3, monkeypatch)
     torch.manual_seed(99)
     cut = fit.fit(dataclasses.replace(plan, output_dir="cut"))
     assert cut["curves"] == whole["curves"]

@@ -198,12 +198,13 @@ def test_errors_are_of_the_network_asked_for(tmp_path, monkeypatch):
     def train_step(run, images, labels, draws):
         held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
         trained.append((run.epoch, held == {id(p) for p in run.net.parameters()}))
-        return torch.full((5,), run.epoch / 4)
+        return torch.tensor([7, 8, run.epoch / 4, 9, 9])       # the third is the share of errors
     monkeypatch.setattr(why, "train_step", train_step)
+    monkeypatch.setattr(why, "evaluate", lambda run: {"error": 40 + run.epoch, "top5_error": 5})
     for network in why.NETWORKS[0], why.NETWORKS[1], why.NETWORKS[6], why.NETWORKS[7]:
         trained.clear()
         held_out, training = why.errors_of(network, 3, "somewhere")
-        assert training == 25 and 0 <= held_out <= 100         # of the last epoch alone
+        assert (held_out, training) == (42, 25)                # after both epochs, of the last
         assert trained == 4 * [(0, True)] + 4 * [(1, True)]
     for config, model, loss in zip(asked, ("resnet18", *3 * ["encapnet"]),
                                    (*3 * ["ce"], "margin"), strict=True):

@@ -1,6 +1,6 @@
 """Three questions and their measurements: the figures behind the essays of results/README.md.
 
-    python -m lab.why em       routing by EM, log densities standardised over j or left as they are
+    python -m lab.why em       routing by EM, what competes over j standardised or left as it is
     python -m lab.why burst    the first epoch with the feedback unit at the paper's weight, 10
     python -m lab.why steps    from a ResNet to EncapNet, one change at a time; lengths at the start
 
@@ -258,9 +258,8 @@ def steps(data_path, seeds=3):
 def draw_steps(found):
     figure, ((left, right),) = canvas(1, 2, width=12, height=3.6)
     for (name, lengths), colour in zip(found["lengths"].items(), COLOURS, strict=False):
-        left.plot(list(lengths), list(lengths.values()), "o-", color=colour, label=name)
-    left.set(xlabel="capsule dimension d", ylabel="mean length, untrained", ylim=(0, 1),
-             xticks=list(lengths))
+        left.plot(list(map(str, lengths)), list(lengths.values()), "o-", color=colour, label=name)
+    left.set(xlabel="capsule dimension d", ylabel="mean length, untrained", ylim=(0, 1))
     left.legend(fontsize=8, title="BatchNorm starts at")
     seeds = [list(zip(*errors.values(), strict=True)) for errors in found["errors"].values()]
     for k, images in enumerate(("held-out", "training")):
