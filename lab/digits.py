@@ -65,7 +65,7 @@ def pose_glyphs(glyphs, poses, size=32):
 
 
 def draw_chunk(glyphs, widths, generator):
-    """CHUNK digits, each the last of three glyphs: two neighbours, which differ from it, and it.
+    """CHUNK digits, each between two different ones that share its pose and ink.
 
     -> images (b, 3, 32, 32) uint8, labels (b,), poses (b, 5)
     """
@@ -76,11 +76,10 @@ def draw_chunk(glyphs, widths, generator):
         return torch.randint(low, high, (CHUNK, *shape), generator=generator)
 
     label = torch.randperm(CHUNK, generator=generator).unsqueeze(1) % 10      # (b, 1), balanced
-    digits = torch.cat([(label + choose(1, 10, 2)) % 10, label], 1)           # (b, 3)
+    digits = torch.cat([(label + choose(1, 10, 2)) % 10, label], 1)           # (b, 3), it last
     font = choose(0, len(glyphs), 1)
-    # Three are drawn and one is used: neighbours share the digit's pose and ink.
-    pose = torch.stack([uniform(*limits, 3) for limits in POSE.values()], 2)[:, 2]     # (b, 5)
-    tint = uniform(-.15, .15, 4, 3)[:, [0, 3]]                                # of ground and ink
+    pose = torch.stack([uniform(*limits) for limits in POSE.values()], 1)     # (b, 5)
+    tint = uniform(-.15, .15, 2, 3)                                           # of ground and ink
     # They stand further along the line, and each is missing one time in three.
     width, height = widths[font, digits], 20 * 2 ** pose[:, 3:4]              # (b, 3), (b, 1)
     step = height * ((width[:, :2] + width[:, 2:]) / 2 + uniform(.08, .3, 2))
@@ -115,7 +114,6 @@ def draw_digits(n, train=True, seed=0):
     split, chunks = "train" if train else "test", []
     glyphs, widths = rasterise(TYPEFACES[split])
     for c in range(0, max(n, 1), CHUNK):
-        # False, once an option, stays in the name: another would draw other images.
-        mixed = random.Random(f"{split} {seed} False {c}").getrandbits(32)
+        mixed = random.Random(f"{split} {seed} {c}").getrandbits(32)
         chunks.append(draw_chunk(glyphs, widths, torch.Generator().manual_seed(mixed)))
     return tuple(torch.cat(part)[:n] for part in zip(*chunks, strict=True))

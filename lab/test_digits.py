@@ -54,10 +54,10 @@ def test_digits_shapes_ranges_balance(split):
 
 
 @pytest.mark.parametrize("split, twelve, pose, colour, mean, sd", [
-    (True, [2, 4, 4, 6, 5, 6, 2, 6, 6, 4, 6, 7],
-     [1.8675, -0.3557, 18.9102, -0.3039, -0.2663], [230.84, 186.33, 218.32], 131.709, 73.188),
-    (False, [7, 7, 1, 8, 6, 4, 6, 0, 5, 6, 1, 4],
-     [0.0329, 2.2327, 21.2066, -0.1045, 0.0776], [115.38, 159.77, 155.85], 128.898, 69.143)])
+    (True, [7, 9, 0, 1, 6, 2, 3, 4, 9, 9, 2, 8],
+     [1.9381, -0.8675, -16.812, -0.2099, 0.1326], [118.25, 85.6, 82.85], 130.012, 71.983),
+    (False, [7, 9, 9, 2, 2, 1, 8, 8, 1, 9, 5, 8],
+     [-2.8781, 0.0479, -0.268, -0.255, -0.0586], [15.99, 19.97, 32.74], 122.933, 73.244)])
 def test_digits_are_those_that_results_are_of(split, twelve, pose, colour, mean, sd):
     """Where this fails, every result on digits is of other images and must be run anew.
 
