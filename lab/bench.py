@@ -2,7 +2,6 @@
 
     python -m lab.bench routing      routing without votes against routing of votes
     python -m lab.bench sinkhorn     the divergence against POT and geomloss
-    python -m lab.bench network      EncapNet: what --compile saves, what feedback units add
 
 and of a whole step: python train.py --bench [--model M ...].  All is measured forward and backward,
 on a CPU with one thread (but for a training step); bytes are those that torch's allocator counts.
@@ -10,7 +9,6 @@ on a CPU with one thread (but for a training step); bytes are those that torch's
 import itertools
 import math
 import os
-import statistics
 import sys
 from functools import partial
 
@@ -20,7 +18,7 @@ import encapnet
 from encapnet import RoutedCapsules, squash
 from lab.config import Parser, make_config
 from lab.data import Data, Split
-from lab.fit import build_run, start, train_step
+from lab.fit import build_run, losses, start, train_step
 from lab.results import as_json, environment, record
 from lab.runtime import guarded, say, world
 
@@ -77,14 +75,6 @@ def random_data(config, device):
     return Data("random", list("0123456789"), split, split, side, half, half / 2)
 
 
-def training_step(config, device):
-    """An update of a new network on random images -> function, network."""
-    run = build_run(config, random_data(config, device), device)
-    run.net.train()
-    split, draws = run.data.train, torch.rand(len(run.data.train), 7, device=device)
-    return partial(train_step, run, split.images, split.labels, draws), run.net
-
-
 COST = ("model", "set", "image_size", "amp", "compile", "channels_last", "batch_size")
 
 
@@ -93,59 +83,33 @@ def costs_of(config, lines):
     return [line for line in lines if as_json(config, COST).items() <= line.items()]
 
 
-def seconds_of_parts(step, budget):
-    """{part: median seconds} of train_step's parts.   step: a function with train_step's tick"""
-    from torch.utils.benchmark import timer
-    moments, parts = [], {}
-
-    def tick(part):
-        moments.append((part, timer()))
-    median_seconds(lambda: (tick("between"), step(tick=tick)), budget)
-    for (_, begun), (part, ended) in itertools.pairwise(moments):
-        parts.setdefault(f"{part}_seconds", []).append(ended - begun)
-    del parts["between_seconds"]
-    return {part: statistics.median(times) for part, times in parts.items()}
-
-
 def bench_step(config, seconds=3.0):
-    """Throughput on random images, where a step's time goes, and peak memory; recorded."""
+    """Throughput on random images, seconds and peak memory of a step; recorded."""
     device = start(config)
 
     def begin():
-        step, net = training_step(config, device)
-        step()                                            # the optimizer has its moments by now
-        return step, net, step()
-    (step, net, _), peak = peak_memory(begin, device)
-    whole, parts = median_seconds(step, seconds), seconds_of_parts(step, seconds)
-    line = {**as_json(config, COST), "parameters": sum(p.numel() for p in net.parameters()),
-            "train_step_seconds": whole, "images_per_second": config.batch_size / whole,
-            "memory_MB": peak / 1e6, "device": environment(device)["device"], **parts,
-            "step_seconds": parts["forward_seconds"] + parts["backward_seconds"]}
-    split = ", ".join(f"{part.split('_')[0]} {1e3 * time:.1f}" for part, time in parts.items())
+        run = build_run(config, random_data(config, device), device)
+        run.net.train()
+        images, labels = run.data.train.images, run.data.train.labels
+        batch = run, images, labels, torch.rand(len(labels), 7, device=device)
+        for _ in range(2):                                # Adam has its moments after the first
+            train_step(*batch)
+        return batch
+    batch, peak = peak_memory(begin, device)
+
+    def forward_backward():
+        loss, feedback, _ = losses(*batch)
+        (loss + config.lam * feedback).backward()
+    whole, part = (median_seconds(step, seconds)
+                   for step in (partial(train_step, *batch), forward_backward))
+    line = {**as_json(config, COST), "device": environment(device)["device"],
+            "parameters": sum(p.numel() for p in batch[0].net.parameters()), "step_seconds": whole,
+            "forward_backward_seconds": part, "memory_MB": peak / 1e6}
     say(f"{config.model}, {line['parameters']:,} parameters, batch {config.batch_size}, "
         f"{config.image_size}x{config.image_size}, {line['device']}: "
-        f"{line['images_per_second']:,.1f} images/s, step {1e3 * whole:.1f} ms ({split}), "
-        f"peak memory of its tensors {peak / 1e6:,.0f} MB")
+        f"{config.batch_size / whole:,.1f} images/s, step {1e3 * whole:.1f} ms, of it forward and "
+        f"backward {1e3 * part:.1f} ms, peak memory of its tensors {peak / 1e6:,.0f} MB")
     record({"bench": line})
-
-
-def network_steps(device, batch, **changes):
-    """{form: a training step} of EncapNet v1, channels-last, on a GPU in bfloat16."""
-    def step(feedback, compile=False):
-        return training_step(make_config(
-            dataset="cifar10", model="encapnet", set=dict(changes, feedback=feedback),
-            batch_size=batch, device=str(device), channels_last=True, compile=compile,
-            amp=device.type == "cuda"), device)[0]
-    return {"without feedback": step(0), "--compile": step(0, compile=True),
-            "1 unit per module": step(1), "2 units per module": step(2)}
-
-
-def bench_network(device):
-    """EncapNet v1: eager against --compile, and what feedback units add."""
-    batch = 128 if device.type == "cuda" else 64
-    for types in (8, 32):
-        compare(f"encapnet, {types} types, batch {batch}",
-                network_steps(device, batch, types=types), device)
 
 
 # ---- Routing -------------------------------------------------------------------------------------
@@ -258,7 +222,7 @@ def bench_sinkhorn(device, batch=128, dim=16):
     compare(f"divergence of two {batch}x{dim} batches", steps, device)
 
 
-BENCHES = {"routing": bench_routing, "sinkhorn": bench_sinkhorn, "network": bench_network}
+BENCHES = {"routing": bench_routing, "sinkhorn": bench_sinkhorn}
 
 
 def command(words):

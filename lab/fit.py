@@ -129,29 +129,29 @@ def classification_loss(config, scores, labels, progress):
     return encapnet.spread_loss(scores, labels, margin)
 
 
-def train_step(run, images, labels, draws, tick=lambda part: None):
-    """One update -> (5,): loss, feedback divergence, share of wrong answers in this batch, norm of
-    the gradient before clipping, 1 if it was clipped; on the device, nothing is waited for.
-
-    tick("data"), then "forward", "backward", "optimizer": called after each part, for --bench
-    """
+def losses(run, images, labels, draws):
+    """Of a batch: classification loss, feedback divergence, share of wrong answers; scalars."""
     config = run.config
     x = normalised(augmented(images, draws, run.data.side, config.augment, config.flip), run.data)
-    tick("data")
     scores, feedback = measure.forward(run.model, config, x)
     loss = classification_loss(config, scores, labels, run.progress)
-    tick("forward")
+    return loss, feedback, (scores.detach().argmax(1) != labels).float().mean()
+
+
+def train_step(run, images, labels, draws):
+    """One update -> (5,): loss, feedback divergence, share of wrong answers in this batch, norm of
+    the gradient before clipping, 1 if it was clipped; on the device, nothing is waited for.
+    """
+    config = run.config
+    loss, feedback, wrong = losses(run, images, labels, draws)
     run.optimizer.zero_grad(set_to_none=True)
     (loss + config.lam * feedback).backward()
-    norm = nn.utils.clip_grad_norm_(run.net.parameters(), config.clip or math.inf)
-    tick("backward")
+    longest = config.clip or math.inf
+    norm = nn.utils.clip_grad_norm_(run.net.parameters(), longest)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, run.progress)
     run.optimizer.step()
-    tick("optimizer")
-    wrong = (scores.detach().argmax(1) != labels).float().mean()
-    clipped = (norm > (config.clip or math.inf)).float()
-    return torch.stack([loss.detach(), feedback.detach(), wrong, norm, clipped])
+    return torch.stack([loss.detach(), feedback.detach(), wrong, norm, (norm > longest).float()])
 
 
 def train_epoch(run):

@@ -186,7 +186,8 @@ def render_costs(part, given, benches):
         with torch.device("meta"):
             parameters = sum(p.numel() for p in make_model(config, 10, 3).parameters())
         for line in bench.costs_of(config, benches):
-            ours = f"{line['memory_MB']:,.0f}", f"{line['step_seconds']:.3f}", line["device"]
+            ours = (f"{line['memory_MB']:,.0f}", f"{line['forward_backward_seconds']:.3f}",
+                    line["device"])
         rows.append([name, batch, size, f"{16 * parameters / 2 ** 20:.2f}", f"{memory:,}", ours[0],
                      seconds, *ours[1:]])
     return ("**Table 1: cost.** Mb of parameters: 16 bits each, in 2^20 bits; runtime: forward and "

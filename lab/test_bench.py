@@ -79,50 +79,53 @@ def test_a_comparison_is_seconds_and_megabytes_of_each_and_their_ratio(monkeypat
 
 
 def test_a_bench_line_is_of_one_step_and_in_the_units_it_names(monkeypatch, tmp_path, capsys):
-    """A step of a quarter of a second for 6 images, 3 MB; parts in seconds."""
+    """A step of a quarter of a second for 6 images, a fifth of it before the update; 3 MB."""
     monkeypatch.chdir(tmp_path)
-    parts = {"data_seconds": 0.01, "forward_seconds": 0.06, "backward_seconds": 0.15,
-             "optimizer_seconds": 0.02}
-    monkeypatch.setattr(bench, "median_seconds", lambda step, budget: 0.25)
-    monkeypatch.setattr(bench, "seconds_of_parts", lambda step, budget: parts)
+    updates, asked, seconds = [], [], iter([0.25, 0.2])
+
+    def update(run, images, *_):
+        updates.append(images.shape)
+
+    def median_seconds(step, budget):
+        before = len(updates)
+        step()
+        asked.append((len(updates) > before, budget))
+        return next(seconds)
+    monkeypatch.setattr(bench, "train_step", update)
+    monkeypatch.setattr(bench, "median_seconds", median_seconds)
     monkeypatch.setattr(bench, "peak_memory", lambda function, device: (function(), 3e6))
-    updates = []
-    monkeypatch.setattr(bench, "train_step", lambda run, images, *_: updates.append(images.shape))
     bench.bench_step(make_config(dataset="mnist", model="cnn-same", set={"width": 0.1},
-                                 batch_size=6, device="cpu"))
+                                 batch_size=6, device="cpu"), 5.0)
+    assert asked == [(True, 5.0), (False, 5.0)]           # of an update, and without
+    assert updates == 3 * [(6, 3, 32, 32)]                # two before: Adam has its moments then
     line, = (line["bench"] for line in results())
-    assert updates == 2 * [(6, 3, 32, 32)]                # Adam has its moments after the first
-    assert {name: line.pop(name) for name in parts} == parts
     assert line.pop("device").startswith("CPU, ")
     net = encapnet.build("cnn-same", width=0.1)
     assert line == {"model": "cnn-same", "set": {"width": 0.1}, "image_size": 32, "amp": False,
                     "compile": False, "channels_last": False, "batch_size": 6, "memory_MB": 3,
                     "parameters": sum(p.numel() for p in net.parameters()),
-                    "train_step_seconds": 0.25, "images_per_second": 24,
-                    "step_seconds": pytest.approx(0.21)}
+                    "step_seconds": 0.25, "forward_backward_seconds": 0.2}
     out = capsys.readouterr().out
-    assert [word in out for word in ("24.0 images/s", "250.0 ms", "data 10.0", "forward 60.0",
-                                     "backward 150.0", "optimizer 20.0", " 3 MB")] == [True] * 7
+    assert [word in out for word in ("24.0 images/s", "step 250.0 ms", "backward 200.0 ms",
+                                     " 3 MB")] == [True] * 4
 
 
-def test_parts_of_a_step_are_timed_from_the_part_before(monkeypatch):
-    """By a clock that the step moves: medians of three steps, what lies between them left out."""
-    clock = [0.0]
-    monkeypatch.setattr(torch.utils.benchmark, "timer", lambda: clock[0])
+def test_forward_and_backward_are_of_both_losses(monkeypatch, tmp_path):
+    """A loss of 2 w and a divergence of 3 w, at lambda 5: the gradient is 17, each time anew."""
+    monkeypatch.chdir(tmp_path)
+    w, gradients = torch.ones((), requires_grad=True), []
 
-    def median_seconds(call, budget):
-        for _ in range(3):
-            call()
-            clock[0] += 1000
+    def median_seconds(step, budget):
+        w.grad = None
+        step()
+        gradients.append(w.grad and w.grad.item())
+        return 1.0
+    monkeypatch.setattr(bench, "train_step", lambda *batch: None)
+    monkeypatch.setattr(bench, "losses", lambda *batch: (2 * w, 3 * w, None))
     monkeypatch.setattr(bench, "median_seconds", median_seconds)
-    rounds = iter([(1, 10, 100), (2, 30, 700), (9, 20, 200)])
-
-    def step(tick):
-        for part, seconds in zip(("data", "forward", "backward"), next(rounds), strict=True):
-            clock[0] += seconds
-            tick(part)
-    assert bench.seconds_of_parts(step, 1.0) == {
-        "data_seconds": 2, "forward_seconds": 20, "backward_seconds": 200}
+    bench.bench_step(make_config(dataset="mnist", model="cnn-same", set={"width": 0.1}, lam=5.0,
+                                 batch_size=2, device="cpu"))
+    assert gradients == [None, 17]
 
 
 @pytest.fixture
@@ -145,23 +148,6 @@ def test_forms_of_routing_are_what_they_are_called(form, built, textbook, counte
     assert (len(votes), len(loops)) == (built, textbook)
 
 
-SMALL = dict(types=2, depths=(1, 1), dims=(1, 2, 2))
-
-
-def test_forms_of_the_network_are_what_they_are_called(counted, monkeypatch):
-    compiled, found = [], {}
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
-    seen = counted(encapnet.FeedbackUnit, "generate")
-    for form, step in bench.network_steps(CPU, batch=2, **SMALL).items():
-        seen.clear()
-        step()
-        net = step.args[0].model
-        found[form] = len(seen), any(net is other for other in compiled)
-        assert net.types == 2 and len(net.blocks) == 2 and len(step.args[1]) == 2
-    assert found == {"without feedback": (0, False), "--compile": (0, True),
-                     "1 unit per module": (2, False), "2 units per module": (4, False)}
-
-
 def test_every_peer_of_the_divergence_is_called(at_once, monkeypatch):
     """Once to be timed, once to be weighed, on two batches of the shape that the line names."""
     shapes = {}
@@ -179,7 +165,6 @@ def test_every_peer_of_the_divergence_is_called(at_once, monkeypatch):
 def at_once(monkeypatch, tmp_path):
     """One call per measurement, into an empty folder; the k-th takes 100 k seconds."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "compile", lambda net: net)
     seconds = itertools.count(100, 100)
     monkeypatch.setattr(bench, "median_seconds", lambda step: (step(), next(seconds))[1])
 
@@ -208,23 +193,6 @@ def test_the_layer_of_the_bench_of_routing_is_table_1s():
     types, positions, *others, iterations = bench.TABLE_1.values()
     assert layer.weight.shape == (types, *others) and layer.iterations == iterations
     assert types * positions == others[1] == 2048
-
-
-def test_the_bench_of_the_network_names_what_it_changes(at_once, monkeypatch):
-    """Of 8 and of 32 types, 64 images: each form beside the one without feedback."""
-    built = []
-    monkeypatch.setattr(bench, "training_step", lambda config, device: (
-        lambda: built.append((config.set, config.compile, config.batch_size)), None))
-    bench.bench_network(CPU)
-    lines = speed_lines()
-    changes = {"--compile": (0, True), "1 unit per module": (1, False),
-               "2 units per module": (2, False)}
-    assert [(line["what"], line["instead"]) for line in lines] == [
-        (f"encapnet, {types} types, batch 64", form) for types in (8, 32) for form in changes]
-    expected = [({"types": types, "feedback": units}, compiled, 64) for types in (8, 32)
-                for units, compiled in ((0, False), *changes.values())]
-    assert built[::2] == built[1::2] == expected          # to be timed, to be weighed
-    assert [line["ours_seconds"] for line in lines] == 3 * [100] + 3 * [500]
 
 
 def test_bench_from_the_command_line(monkeypatch):
@@ -294,14 +262,3 @@ def test_speed_of_the_divergence(name, faster):
     ours, theirs = (bench.median_seconds(bench.divergence_step(function, 128, 16, CPU))
                     for function in (bench.OURS, bench.divergences()[name]))
     assert theirs > faster * ours
-
-
-@pytest.mark.speed
-@pytest.mark.parametrize("types", [8, 32])
-def test_speed_of_encapnet(types):
-    """--compile gains at 8 types alone."""
-    steps = bench.network_steps(CPU, types=types, batch=64)
-    seconds = {form: bench.median_seconds(step) for form, step in steps.items()}
-    ours = seconds["without feedback"]
-    assert types == 32 or ours > 1.15 * seconds["--compile"]
-    assert seconds["1 unit per module"] < 1.25 * ours

@@ -239,21 +239,6 @@ def test_a_step_is_the_formula(optimizer, loss, schedule, clip, trial):
     assert not clip or min(norms) < clip < max(norms), norms             # both kinds were seen
 
 
-def test_a_step_tells_when_each_of_its_parts_is_done(trial):
-    """The network was asked, the gradient is there, the weights have moved."""
-    data, told = toy_data(), []
-    trial(data, Toy)
-    run, asked = build(data), []
-    run.net.register_forward_hook(lambda *call: asked.append(True))
-
-    def tick(part):
-        moved = not np.allclose(numbers(run.net).detach(), WEIGHTS)
-        told.append((part, bool(asked), run.net.w.grad is not None, moved))
-    fit.train_step(run, data.train.images, data.train.labels, torch.rand(8, 7), tick)
-    assert told == [("data", False, False, False), ("forward", True, False, False),
-                    ("backward", True, True, False), ("optimizer", True, True, True)]
-
-
 @pytest.mark.parametrize("schedule", ["steps", "one-cycle"])
 def test_the_rate_of_every_step(schedule, trial):
     data = toy_data(train=20)

@@ -226,7 +226,7 @@ def test_table_1_measures_a_cost_once_per_device(cli, faked, monkeypatch):
     def measure(config):
         measured.append((config.model, config.batch_size, here["device"]))
         record({"bench": {**as_json(config, bench.COST), **here, "memory_MB": 1.,
-                          "step_seconds": 1.}})
+                          "forward_backward_seconds": 1.}})
     monkeypatch.setattr(bench, "bench_step", measure)
     monkeypatch.setattr(tables, "environment", lambda device: here)
     for name in ("a card", "a card", "another"):
@@ -663,7 +663,7 @@ def test_a_row_of_a_study_tells_how_each_column_was_run_or_once_what_all_share(c
 def test_costs_are_of_the_same_settings_and_device(cli):
     line = dict(model="cnn-same", set={}, image_size=32, amp=False, compile=False,
                 channels_last=False, batch_size=128, parameters=10 ** 6, memory_MB=100.,
-                step_seconds=1., device="H100")
+                forward_backward_seconds=1., device="H100")
     others = [{**line, "amp": True, "memory_MB": 1.}, {**line, "image_size": 64, "memory_MB": 2.},
               {**line, "model": "cnn-similar", "memory_MB": 3.},
               {**line, "batch_size": 4096, "memory_MB": 777.}]

@@ -22,8 +22,8 @@ import encapnet
 from lab.config import Parser, make_config
 from lab.data import load_data, normalised, shuffle
 from lab.figures import COLOURS, canvas, draw_series, interval, save_figure
-from lab.fit import build_run, classification_loss, make_optimizer, start, train_step
-from lab.measure import evaluate, first_images, forward
+from lab.fit import build_run, losses, make_optimizer, start, train_step
+from lab.measure import evaluate, first_images
 from lab.paper import SMALL, model_row, row_config
 from lab.results import environment
 from lab.runtime import RUNS, guarded, say, write_file
@@ -105,8 +105,7 @@ def observed_step(run, images, labels, draws):
     modules on average, in units of the learning rate; 1 at the first step.
     """
     weights = list(run.net.blocks.parameters())
-    scores, feedback = forward(run.model, run.config, normalised(images / 255, run.data))
-    loss = classification_loss(run.config, scores, labels, run.progress)
+    loss, feedback, _ = losses(run, images, labels, draws)
     parts = [torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
              for part in (loss, run.config.lam * feedback)]
     norms = [get_total_norm([g for g in part if g is not None]) for part in parts]
