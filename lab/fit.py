@@ -257,7 +257,7 @@ def finish_epoch(run, images):
     entry = {"epoch": run.epoch, "lr": run.optimizer.param_groups[0]["lr"], "loss": loss,
              "feedback": feedback, "gradient_norm": norm, "clipped_percent": 100 * clipped,
              "train_error": 100 * wrong, "test_error": test["error"],
-             "test_top5_error": test["top5_error"], "told_apart": measure.told_apart(run),
+             "test_top5_error": test["top5_error"],
              "time": {"seconds": seconds, "images_per_second": images}}
     run.history.append(entry)
     look_at_routing(run)

@@ -122,17 +122,6 @@ def variance_between_samples(unit, low):
     return (1 - z.mean(0).square().sum() / square.clamp_min(1e-12)) * (square > 0)
 
 
-@torch.no_grad()
-def told_apart(run):
-    """[variance_between_samples of every unit] on the first 200 test images, in eval."""
-    if not getattr(run.net, "feedback", 0):
-        return []
-    x = normalised(first_images(run, 200)[0], run.data)
-    _, pairs = run.net.eval().walk(run.net.stem(x))
-    return [variance_between_samples(unit, low).item()
-            for unit, (low, _) in zip(run.net.units, pairs, strict=True)]
-
-
 def spread_images(run, n):
     """n test images (n, C, H, W) in [0, 1] and labels (n,), spread over the whole test set."""
     last = len(run.data.test) - 1

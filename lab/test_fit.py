@@ -324,7 +324,6 @@ def test_an_epochs_line_and_log_are_the_means_of_its_steps(trial, monkeypatch, c
         told = {"epoch": epoch + 1, "lr": (.1, .0125)[epoch], "loss": loss, "feedback": feedback,
                 "gradient_norm": norm, "clipped_percent": 100 * clipped, "train_error": 100 * wrong}
         assert {name: entry[name] for name in told} == pytest.approx(told)
-        assert entry["told_apart"] == []                                 # has no unit
         assert re.sub(" +", " ", line).startswith(
             f"epoch {epoch + 1}/2 loss {loss:.4f} feedback {feedback:.4f} gradient {norm:.2g}, "
             f"{100 * clipped:.0f} % clipped error: train {100 * wrong:.2f} % test "
@@ -727,43 +726,17 @@ def test_test_only_normalises_as_training_did(augment, trial, capsys):
 
 # ---- Feedback units that have stopped to look ----------------------------------------------------
 
-def test_told_apart_of_known_features():
-    told_apart = measure.variance_between_samples
+def test_variance_between_samples_of_known_features():
+    share = measure.variance_between_samples
     unit = encapnet.FeedbackUnit(4, 4, types=1, stride=1, extractor=False)
     for n in (2, 5, 16):
         apart = torch.eye(16)[:n].view(n, 4, 2, 2) * torch.rand(n, 1, 1, 1).add(.1)
-        assert told_apart(unit, apart).item() == pytest.approx(1 - 1 / n)
-        assert told_apart(unit, torch.rand(1, 4, 2, 2).expand(n, -1, -1, -1)).item() == \
+        assert share(unit, apart).item() == pytest.approx(1 - 1 / n)
+        assert share(unit, torch.rand(1, 4, 2, 2).expand(n, -1, -1, -1)).item() == \
             pytest.approx(0, abs=1e-6)
-        assert told_apart(unit, torch.zeros(n, 4, 2, 2)).item() == 0
+        assert share(unit, torch.zeros(n, 4, 2, 2)).item() == 0
     two = torch.eye(16)[[0, 0, 0, 1]].view(4, 4, 2, 2)    # three alike: 1 - (9 + 1) / 16
-    assert told_apart(unit, two).item() == pytest.approx(6 / 16)
-
-
-def test_told_apart_is_logged_of_every_unit_once_an_epoch(trial):
-    """On at most 200 test images, without their margin, normalised, in eval mode."""
-    data = toy_data(train=32, test=210, side=16, held=18)
-    trial(data)
-    config = config_of(model="encapnet-small", set={"types": 2, "dims": (2, 2, 4, 4)}, epochs=2,
-                       image_size=16, augment="+", lr=.01, batch_size=32, output_dir="run")
-    fit.fit(config)
-    entries = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()[1:]]
-    net = fit.make_model(config, 3, 3).eval()
-    net.load_state_dict(torch.load("run/last.pt")["net"])
-    seen = []
-    for block in net.blocks:                              # a unit of one module reads its input
-        block.register_forward_pre_hook(lambda block, given: seen.append(given[0]))
-    x = (T.center_crop(data.test.images[:200], [16, 16]).double() / 255).float()
-    net((x - data.mean.view(3, 1, 1)) / data.std.view(3, 1, 1))
-    expected = []
-    for unit, low in zip(net.units, seen, strict=True):
-        z = unit.extract(low).detach().double().numpy()
-        z = np.array([row / np.linalg.norm(row) for row in z if row.any()])
-        n = len(low)
-        expected.append(1 - np.square(z.sum(0) / n).sum() / (len(z) / n) if len(z) else 0)
-    assert len(entries) == 2 and [len(e["told_apart"]) for e in entries] == [3, 3]
-    np.testing.assert_allclose(entries[-1]["told_apart"], expected, atol=1e-4)
-    assert any(.01 < share < .99 for share in expected), expected
+    assert share(unit, two).item() == pytest.approx(6 / 16)
 
 
 # ---- The path of a GPU, without one --------------------------------------------------------------
