@@ -613,9 +613,11 @@ def smallest_variance(layer, inputs):
 @given(data=st.data(), seed=seeds, bias=st.booleans(), types=sizes, n_out=sizes, d=sizes,
        iterations=st.integers(1, 4), block=st.sampled_from([1, 300, 2 ** 22]))
 def test_factored_equals_votes(kind, cloud, data, seed, bias, types, n_out, d, iterations, block):
-    """Outputs and all gradients, to 1e-10 of the largest entry. A gradient that symmetry or
-    saturation cancels is held against the others, and a cluster that shrank onto one vote, where
-    1/sigma^2 magnifies rounding, is left to the tests in float32."""
+    """Outputs and all gradients, to 1e-10 of the largest entry; to 1e-8 where rounding grows with
+    each iteration: votes far from the origin have logits of hundreds, tight ones a 1/sigma^2 of
+    thousands. A gradient that symmetry or saturation cancels is held against the others, and a
+    cluster that shrank onto one vote is left to the tests in float32."""
+    close = 1e-10 if cloud == "spread" else 1e-8
     b_init = "zero" if kind == "em" else data.draw(st.sampled_from(["zero", "random", "learnable"]))
     P = data.draw(st.sampled_from([3, 4, 7, 20]))
     layer, inputs = routed(kind, types, 3, n_out, d, P, seed, bias=bias, b_init=b_init,
@@ -634,10 +636,10 @@ def test_factored_equals_votes(kind, cloud, data, seed, bias, types, n_out, d, i
             results.append((out, torch.autograd.grad(loss, [*leaves, *form.parameters()])))
     (want, want_grad), (got, got_grad) = results
     for x, y in zip(got, want, strict=True):
-        assert_same(x, y, 1e-10, 1e-14)
+        assert_same(x, y, close, 1e-14)
     largest = max(g.abs().max().item() for g in want_grad)
     for x, y in zip(got_grad, want_grad, strict=True):
-        assert_same(x, y, 1e-10, 1e-12 * largest + 1e-14)
+        assert_same(x, y, close, 1e-12 * largest + 1e-14)
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
