@@ -13,6 +13,7 @@ import torch
 
 import encapnet
 from lab import bench
+from lab.config import merge, tested_on
 from lab.figures import draw_figure2, draw_figure4
 from lab.fit import clock, fit, make_model
 from lab.paper import CIFAR10, FIGURES, TABLES, asked_parts, part_cells, part_columns, row_config
@@ -173,8 +174,19 @@ def render_part(table, part, given, runs, page):
         rows = [row for row in rows if row[-1] != "–"]
         if not rows:
             return f"{title} Not run."
-    tested = "Held-out" if any(config.hold_out for config in configs.values()) else "Test"
-    return f"{title} {tested} error in %.\n\n{markdown(['', *header, 'how'], rows)}"
+    return f"{title} {setting(part, given)}\n\n{markdown(['', *header, 'how'], rows)}"
+
+
+def setting(part, given):
+    """What the errors of a block are of: images, how many to learn from, the networks' width."""
+    configs = part_cells(part, given).values()
+    first, common = next(iter(configs)), merge(part.base, given)["set"]
+    data = dict.fromkeys(f"{data_name(config)} at {config.image_size}x{config.image_size}"
+                         for config in configs)
+    words = [" and ".join(data), *(f"{name}={value}" for name, value in common.items())]
+    if first.train_images:
+        words.insert(1, count(first.train_images, "training image"))
+    return f"{tested_on(first).capitalize()} error in %; {', '.join(words)}."
 
 
 def render_costs(part, given, benches):
