@@ -1,10 +1,10 @@
-"""Speed and memory of a training step's parts, beside what a user would pick instead.
+"""Speed and memory of routing and of the divergence, beside what a user would pick instead.
 
     python -m lab.bench routing      routing without votes against routing of votes
     python -m lab.bench sinkhorn     the divergence against POT and geomloss
 
-and of a whole step: python train.py --bench [--model M ...].  All is measured forward and backward,
-on a CPU with one thread (but for a training step); bytes are those that torch's allocator counts.
+Both forward and backward, on a CPU with one thread; bytes are those that torch's allocator counts.
+python train.py --bench [--model M ...] measures a whole training step.
 """
 import itertools
 import math
@@ -80,7 +80,8 @@ COST = ("model", "set", "image_size", "amp", "compile", "channels_last", "batch_
 
 def costs_of(config, lines):
     """Those of bench_step's lines that have these settings, on any device."""
-    return [line for line in lines if as_json(config, COST).items() <= line.items()]
+    return [line for line in lines if as_json(config, COST).items() <= line.items()
+            and "forward_backward_seconds" in line]                      # older lines have others
 
 
 def bench_step(config, seconds=3.0):
@@ -91,19 +92,20 @@ def bench_step(config, seconds=3.0):
         run = build_run(config, random_data(config, device), device)
         run.net.train()
         images, labels = run.data.train.images, run.data.train.labels
-        batch = run, images, labels, torch.rand(len(labels), 7, device=device)
+        batch = images, labels, torch.rand(len(labels), 7, device=device)
         for _ in range(2):                                # Adam has its moments after the first
-            train_step(*batch)
-        return batch
-    batch, peak = peak_memory(begin, device)
+            train_step(run, *batch)
+        return run, batch
+    (run, batch), peak = peak_memory(begin, device)
 
     def forward_backward():
-        loss, feedback, _ = losses(*batch)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss, feedback, _ = losses(run, *batch)
         (loss + config.lam * feedback).backward()
     whole, part = (median_seconds(step, seconds)
-                   for step in (partial(train_step, *batch), forward_backward))
+                   for step in (partial(train_step, run, *batch), forward_backward))
     line = {**as_json(config, COST), "device": environment(device)["device"],
-            "parameters": sum(p.numel() for p in batch[0].net.parameters()), "step_seconds": whole,
+            "parameters": sum(p.numel() for p in run.net.parameters()), "step_seconds": whole,
             "forward_backward_seconds": part, "memory_MB": peak / 1e6}
     say(f"{config.model}, {line['parameters']:,} parameters, batch {config.batch_size}, "
         f"{config.image_size}x{config.image_size}, {line['device']}: "

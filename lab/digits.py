@@ -65,7 +65,7 @@ def pose_glyphs(glyphs, poses, size=32):
 
 
 def draw_chunk(glyphs, widths, generator):
-    """CHUNK digits, each between two different ones that share its pose and ink.
+    """CHUNK digits, each with at most two neighbours: other digits, in its pose and ink.
 
     -> images (b, 3, 32, 32) uint8, labels (b,), poses (b, 5)
     """
@@ -76,11 +76,11 @@ def draw_chunk(glyphs, widths, generator):
         return torch.randint(low, high, (CHUNK, *shape), generator=generator)
 
     label = torch.randperm(CHUNK, generator=generator).unsqueeze(1) % 10      # (b, 1), balanced
-    digits = torch.cat([(label + choose(1, 10, 2)) % 10, label], 1)           # (b, 3), it last
+    digits = torch.cat([(label + choose(1, 10, 2)) % 10, label], 1)           # (b, 3), last it
     font = choose(0, len(glyphs), 1)
     pose = torch.stack([uniform(*limits) for limits in POSE.values()], 1)     # (b, 5)
     tint = uniform(-.15, .15, 2, 3)                                           # of ground and ink
-    # They stand further along the line, and each is missing one time in three.
+    # Neighbours stand along the digit's line, and each is missing one time in three.
     width, height = widths[font, digits], 20 * 2 ** pose[:, 3:4]              # (b, 3), (b, 1)
     step = height * ((width[:, :2] + width[:, 2:]) / 2 + uniform(.08, .3, 2))
     step = torch.where(uniform(0, 1, 2) < 2 / 3, step.clamp(min=10), 99) * torch.tensor([-1, 1])

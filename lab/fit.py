@@ -130,7 +130,7 @@ def classification_loss(config, scores, labels, progress):
 
 
 def losses(run, images, labels, draws):
-    """Of a batch: classification loss, feedback divergence, share of wrong answers; scalars."""
+    """-> classification loss, feedback divergence and share of wrong answers of a batch, scalars"""
     config = run.config
     x = normalised(augmented(images, draws, run.data.side, config.augment, config.flip), run.data)
     scores, feedback = measure.forward(run.model, config, x)
@@ -146,12 +146,12 @@ def train_step(run, images, labels, draws):
     loss, feedback, wrong = losses(run, images, labels, draws)
     run.optimizer.zero_grad(set_to_none=True)
     (loss + config.lam * feedback).backward()
-    longest = config.clip or math.inf
-    norm = nn.utils.clip_grad_norm_(run.net.parameters(), longest)
+    largest = config.clip or math.inf
+    norm = nn.utils.clip_grad_norm_(run.net.parameters(), largest)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, run.progress)
     run.optimizer.step()
-    return torch.stack([loss.detach(), feedback.detach(), wrong, norm, (norm > longest).float()])
+    return torch.stack([loss.detach(), feedback.detach(), wrong, norm, (norm > largest).float()])
 
 
 def train_epoch(run):

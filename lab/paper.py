@@ -122,28 +122,29 @@ SGD_RATE = 1.0                                    # chosen by the second part of
 
 TABLES |= {
     "lambda": [study(
-        "feedback weight of the default run, error on every tenth training image",
+        "feedback weight of the default run",
         dict(dataset="digits", model="encapnet-small", hold_out=True), {"error": {}},
         {f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)})],
     "routing": [study(
         "routing iterations", ROUTING,
         {"dynamic": model_row("capnet-dynamic"), "EM": model_row("capnet-em")},
         {str(r): dict(set=dict(iterations=r)) for r in (1, 2, 3, 5)}), study(
-        "the softmax over j, which did not converge in the paper: 3 iterations", ROUTING, CAPNET,
+        "the softmax over j, which did not converge in the paper; 3 iterations", ROUTING, CAPNET,
         {"over j": dict(set=dict(softmax="out"))}), study(
-        "initial routing coefficients: 3 iterations", ROUTING, CAPNET,
+        "initial routing coefficients; 3 iterations", ROUTING, CAPNET,
         {"random": dict(set=dict(b_init="random")),
          "zero": dict(set=dict(iterations=3)),                           # the runs of row 3
          "learnable": dict(set=dict(b_init="learnable"))})],
     "losses": [study(
-        f"loss and optimizer: CapNet (dynamic), SGD at a rate of {SGD_RATE:g}", LOSS_STUDY,
+        f"loss and optimizer, CapNet (dynamic); SGD at a rate of {SGD_RATE:g}, the others at "
+        f"{ROUTING['lr']:g}", LOSS_STUDY,
         {**OPTIMIZERS, "SGD": dict(optimizer="sgd", lr=SGD_RATE)},
         {name: dict(loss=loss) for name, loss in LOSSES.items()}), study(
-        "SGD's rate, by the margin loss on every tenth training image",
+        "SGD's rate, by the margin loss",
         dict(LOSS_STUDY, optimizer="sgd", hold_out=True, test_images=0), {"error": {}},
         {f"SGD, rate {lr:g}": dict(lr=lr) for lr in (0.3, 1.0, 3.0, 10.0)})],
     "augment": [study(
-        "comparison in small: ResNet as wide; ++ for 8 epochs", SMALL,
+        "EncapNet and a ResNet of the same width", SMALL,
         {"EncapNet": model_row("encapnet"), "ResNet": model_row("resnet18")},
         {"no augmentation": {}, "+": dict(augment="+"), "++": dict(augment="++", epochs=8)},
         own_data=True)],

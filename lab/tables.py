@@ -106,7 +106,7 @@ def show_figure(name, given):
     for (row, column), config in cells.items():
         if lines := [line for line in of_seeds(config, runs) if line["error"] is not None]:
             drawn[f"{column} {row}".strip()] = lines
-    title = f"{part.title}, {data_name(config)} at {config.image_size}x{config.image_size}"
+    title = f"{part.title}, {seen_at(config)}"
     if not drawn:
         raise Problem(f"--figure {name}: nothing to draw, every run of {title} has diverged", 1)
     if rank() == 0:
@@ -174,19 +174,26 @@ def render_part(table, part, given, runs, page):
         rows = [row for row in rows if row[-1] != "–"]
         if not rows:
             return f"{title} Not run."
-    return f"{title} {setting(part, given)}\n\n{markdown(['', *header, 'how'], rows)}"
+    ours = "" if same or part.study else "ours: "
+    return f"{title} {caption(part, given, ours)}\n\n{markdown(['', *header, 'how'], rows)}"
 
 
-def setting(part, given):
-    """What the errors of a block are of: images, how many to learn from, the networks' width."""
+def caption(part, given, ours):
+    """Of a block's errors: data, number of training images, the keywords common to its networks."""
     configs = part_cells(part, given).values()
     first, common = next(iter(configs)), merge(part.base, given)["set"]
-    data = dict.fromkeys(f"{data_name(config)} at {config.image_size}x{config.image_size}"
-                         for config in configs)
-    words = [" and ".join(data), *(f"{name}={value}" for name, value in common.items())]
+    words = [" and ".join(dict.fromkeys(map(seen_at, configs)))]
     if first.train_images:
-        words.insert(1, count(first.train_images, "training image"))
-    return f"{tested_on(first).capitalize()} error in %; {', '.join(words)}."
+        words.append(count(first.train_images, "training image"))
+    if first.hold_out:
+        words.append("every tenth held out")
+    words += [f"{name}={value}" for name, value in common.items()]
+    return f"{tested_on(first).capitalize()} error in %; {ours}{', '.join(words)}."
+
+
+def seen_at(config):
+    """The data of a Config and the size that the network sees them at."""
+    return f"{data_name(config)} at {config.image_size}x{config.image_size}"
 
 
 def render_costs(part, given, benches):

@@ -163,6 +163,19 @@ def test_images_looked_at_are_test_images_spread_over_all_of_them(n, runs):
     assert (place[0], place[-1]) == (0, 39) and max(steps) - min(steps) <= 1 <= min(steps)
 
 
+def test_variance_between_samples_of_known_features():
+    share = measure.variance_between_samples
+    unit = encapnet.FeedbackUnit(4, 4, types=1, stride=1, extractor=False)
+    for n in (2, 5, 16):
+        apart = torch.eye(16)[:n].view(n, 4, 2, 2) * torch.rand(n, 1, 1, 1).add(.1)
+        assert share(unit, apart).item() == pytest.approx(1 - 1 / n)
+        assert share(unit, torch.rand(1, 4, 2, 2).expand(n, -1, -1, -1)).item() == \
+            pytest.approx(0, abs=1e-6)
+        assert share(unit, torch.zeros(n, 4, 2, 2)).item() == 0
+    two = torch.eye(16)[[0, 0, 0, 1]].view(4, 4, 2, 2)    # three alike: 1 - (9 + 1) / 16
+    assert share(unit, two).item() == pytest.approx(6 / 16)
+
+
 def test_correlation_known_answers():
     a = torch.randn(5, 2, 8, 8)
     assert measure.correlation(a, 3 * a + 2) == pytest.approx(1)
