@@ -138,7 +138,8 @@ def train(given):
         say("some classes have more images than others; those most often wrong:",
             ", ".join(f"{name} {e:.1f} %" for e, name in worst[:-4:-1]))
     guess = "; at chance: no better than always naming the class that most images are of"
-    say(f"{error} {result['error']:.2f} % after {count(result['epochs'], 'epoch')} and "
+    crops = ", mean over several crops," * result["multi_crop"]
+    say(f"{error} {result['error']:.2f} %{crops} after {count(result['epochs'], 'epoch')} and "
         f"{clock(result['seconds'])}{guess * (result['outcome'] == 'at chance')}")
 
 

@@ -144,7 +144,7 @@ TABLES |= {
         dict(LOSS_STUDY, optimizer="sgd", hold_out=True, test_images=0), {"error": {}},
         {f"SGD, rate {lr:g}": dict(lr=lr) for lr in (0.3, 1.0, 3.0, 10.0)})],
     "augment": [study(
-        "EncapNet and a ResNet of the same width", SMALL,
+        "EncapNet with two units per module, as (8) of Table 3; a ResNet of the same width", SMALL,
         {"EncapNet": model_row("encapnet"), "ResNet": model_row("resnet18")},
         {"no augmentation": {}, "+": dict(augment="+"), "++": dict(augment="++", epochs=8)},
         own_data=True)],

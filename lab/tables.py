@@ -254,8 +254,8 @@ def render_speed(speeds):
             cells += [f"{scale * x:,.{digits}f}" if x else "–" for x in (ours, theirs)]
             cells.append(f"{theirs / ours:.2f}" if ours and theirs else "–")
         rows[line["what"], line["instead"], line["device"]] = [*cells, line["device"]]
-    return markdown(["forward and backward", "instead", "ms: ours", "instead", "ratio",
-                     "MB: ours", "instead", "ratio", "device"], rows.values())
+    return markdown(["forward and backward", "instead", "ours, ms", "instead, ms", "ratio",
+                     "ours, MB", "instead, MB", "ratio", "device"], rows.values())
 
 
 # ---- README's blocks -----------------------------------------------------------------------------

@@ -720,7 +720,7 @@ def test_test_only_normalises_as_training_did(augment, trial, capsys):
     crops = CROPS[augment != "none", "svhn"]
     ours, theirs = (errors_by_hand(net, other.test, moments, crops)[0] for moments in (data, other))
     assert ours["error"] != theirs["error"]
-    assert f"test error {ours['error']:.2f} %, top-5 {ours['top5_error']:.2f} %, 150 images" \
+    assert f"test error {ours['error']:.2f} %, top-5 error {ours['top5_error']:.2f} %, 150 images" \
         in capsys.readouterr().out
 
 

@@ -44,7 +44,7 @@ def test_only(given):
     """Test error of a trained network, on its own data or, with --data-path, on other like it."""
     run = load_run(given.pop("resume"), **given)
     config, test = run.config, evaluate(run, run.config.augment != "none")
-    top5 = f"top-5 {test['top5_error']:.2f} %, " * (len(run.data.classes) > 5)
+    top5 = f"top-5 error {test['top5_error']:.2f} %, " * (len(run.data.classes) > 5)
     steps = f", {count(run.step, 'step')} of the next" if run.step else ""
     say(f"{run.data.name}, {config.model} after {count(run.epoch, 'epoch')}{steps}: "
         f"{tested_on(config)} error {test['error']:.2f} %, {top5}{count(test['images'], 'image')}")
