@@ -307,11 +307,13 @@ def test_seeds_are_counted_from_seed(cli, faked):
     assert [config.seed for config in asked] == [3, 4]
 
 
-def test_a_runs_last_words_are_of_its_last_epoch(cli, monkeypatch):
+@pytest.mark.parametrize("several", [False, True])
+def test_a_runs_last_words_are_of_its_last_epoch(several, cli, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda config: result(
         config, error=12.5, epochs=3, seconds=83, folder="there", unbalanced=False,
-        curves={"test_error": [30.0, 10.0, 14.0]}))
-    assert "\ntest error 12.50 % after 3 epochs and 1m23s\n" in "\n" + cli().out
+        multi_crop=several, curves={"test_error": [30.0, 10.0, 14.0]}))
+    crops = ", mean over several crops," if several else ""
+    assert f"\ntest error 12.50 %{crops} after 3 epochs and 1m23s\n" in "\n" + cli().out
 
 
 def test_a_run_that_diverged_is_recorded_and_not_tried_again(place, monkeypatch):

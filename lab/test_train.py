@@ -324,7 +324,7 @@ def test_the_last_line_says_what_the_run_came_to(cli, monkeypatch):
     """At chance; and before it, where classes are unbalanced, which are worst."""
     errors = {"ant": 10., "bee": None, "cat": 50., "dog": 0., "eel": 20.}
     result = dict(config={"dataset": "digits"}, error=20., epochs=0, seconds=0, folder="x",
-                  class_errors=errors)
+                  class_errors=errors, multi_crop=False)
     for outcome, unbalanced in (("ok", False), ("ok", True), ("at chance", False)):
         monkeypatch.setattr(train, "fit", lambda config, **more: {
             **result, "outcome": outcome, "unbalanced": unbalanced})     # noqa: B023
