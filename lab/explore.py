@@ -57,6 +57,11 @@ def draw_maps(axis, maps, title, columns=1, **options):
     return axis.imshow(grid.cpu().numpy(), **options)
 
 
+def some(images, n):
+    """At most n of them, spread over all: test images of a folder are sorted by class."""
+    return images[::math.ceil(len(images) / n)]
+
+
 def capconvs(run):
     return [m for m in run.net.modules() if isinstance(m, encapnet.CapConv) and m.coefficients]
 
@@ -67,11 +72,11 @@ def draw_coefficients(run, figure, shown=3):
     x, numbers = measure.spread_images(run, 60)[0], {}
     first, *axes, density = figure.subplots(1, 2 + 2 * len(layers), width_ratios=[
         *[2] * (1 + 2 * len(layers)), 3])
-    draw_maps(first, x[:shown].mean(1), "image", cmap="gray")
+    draw_maps(first, some(x, shown).mean(1), "image", cmap="gray")
     for k, layer in enumerate(layers):
         u, _ = measure.input_and_output(layer, measure.class_scores, run, x)
         pair = [m.cpu() for m in layer.branches(u)[2:]]                # m1, m2 (B, G, H, W)
-        maps = torch.stack([m[:shown].mean(1) for m in pair])          # (2, shown, H, W)
+        maps = torch.stack([some(m, shown).mean(1) for m in pair])     # (2, shown, H, W)
         two = axes[2 * k:2 * k + 2]
         for axis, m, of, name in zip(two, pair, maps, ("m1 master", "m2 aide"), strict=True):
             label = f"{name}, {m.shape[-1]}x{m.shape[-1]}"
@@ -97,8 +102,8 @@ def draw_feedback(run, figure, shown=4):
         made = unit.generate(high, low.shape[-2:])
         real, generated = lengths(low), lengths(made)
         if k == 1:
-            draw_maps(axes["R"], real[:shown], "real, unit 1", columns=shown)
-            draw_maps(axes["G"], generated[:shown], "generated, unit 1", columns=shown)
+            draw_maps(axes["R"], some(real, shown), "real, unit 1", columns=shown)
+            draw_maps(axes["G"], some(generated, shown), "generated, unit 1", columns=shown)
         for label, value in (
                 ("correlation, all channels", measure.correlation(low, made)),
                 ("correlation, capsule lengths", measure.correlation(real, generated)),

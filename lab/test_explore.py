@@ -85,6 +85,11 @@ def test_explain_draws_the_panels_that_apply_and_numbers_them_without_a_gap(name
     assert all(0 <= r <= 1 for r in numbers[titles[0]].values())
 
 
+@pytest.mark.parametrize("n, few", [(60, [0, 20, 40]), (5, [0, 2, 4]), (2, [0, 1])])
+def test_images_shown_are_spread_over_those_looked_at(n, few):
+    assert explore.some(torch.arange(n), 3).tolist() == few
+
+
 def test_coefficients_are_m1_of_the_master_and_m2_of_the_aide(runs):
     """Convolutions of which the bias is left: numbers known type by type, of 2 types."""
     run = load_run(runs["encapnet"])
