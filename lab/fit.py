@@ -263,7 +263,8 @@ def finish_epoch(run, images):
     look_at_routing(run)
     left = seconds / run.epoch * (run.config.epochs - run.epoch)
     gradient = f"gradient {norm:.2g}" + f", {100 * clipped:.0f} % clipped" * (run.config.clip > 0)
-    say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss:.4f}  feedback {feedback:.4f}  "
+    divergence = f"feedback {feedback:.4f}  " * (feedback != 0)          # 0: there is no unit
+    say(f"epoch {run.epoch:3}/{run.config.epochs}  loss {loss:.4f}  {divergence}"
         f"{gradient}  error: train {100 * wrong:5.2f} %  {tested_on(run.config)} "
         f"{test['error']:5.2f} %  {images:,.0f} images/s  {clock(left)} left")
     if run.epoch == run.config.epochs:

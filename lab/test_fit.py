@@ -332,6 +332,13 @@ def test_an_epochs_line_and_log_are_the_means_of_its_steps(trial, monkeypatch, c
     assert any(values[2] != .5 for *_, values in steps)
 
 
+def test_an_epochs_line_tells_no_feedback_of_a_network_without_units(trial, capsys):
+    trial(toy_data(train=4, side=8, held=8))
+    fit.fit(config_of(model="cnn-same", set={"width": .1}, image_size=8, epochs=1, output_dir="x"))
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
+    assert "loss" in line and "feedback" not in line
+
+
 # By a clock that only steps and tests move
 
 @pytest.fixture
