@@ -807,6 +807,7 @@ CLAIMS = [  # (table, column, row), against the same; of the row the first word
     (("3", "EncapNet", "(c)"), ("3", "EncapNet", "(a)")),
     (("3", "EncapNet", "(8)"), ("3", "EncapNet", "(a)")),
     (("3", "ResNet", "(c)"), ("3", "ResNet", "(a)")),
+    (("3", "EncapNet", "(c)"), ("3", "EncapNet", "(d3)")),
     (("routing", "dynamic", "3"), ("routing", "dynamic", "1")),
     (("routing", "EM", "3"), ("routing", "dynamic", "3")),
     (("routing", "dynamic", "3"), ("routing", "CapNet", "over"))]
