@@ -1,6 +1,6 @@
 """Train, test and tabulate the networks of encapnet.py.
 
-    python train.py                                        two minutes on two cores; needs no data
+    python train.py                                        one to three minutes on a CPU; no data
     python train.py --dataset mnist --model encapnet6      the paper's settings; flags change them
     python train.py --data-path DIR                        your images: DIR/{train,test}/CLASS/*.jpg
     python train.py --resume                               go on with the newest unfinished run
