@@ -1,26 +1,30 @@
 """Neural Network Encapsulation (Li, Guo, Dai, Ouyang, Wang; ECCV 2018, arXiv:1808.03749).
 
 A neuron uses a single number to say that something is there.  A *capsule* is a small vector: its
-length says whether the thing is there, its direction describes what it is like.  A layer of
-capsules predicts the next layer: a matrix maps every lower capsule u_i to its *vote* v_hat_j|i, its
-prediction of higher capsule j.  Where many votes for j agree, the parts that cast them fit into a
-whole.  So a vote that agrees with the others gains weight, j is computed again from the weighted
-votes, and so on for a few iterations.  That is *routing by agreement* (dynamic_routing); *EM
-routing* (em_routing) fits a Gaussian to the votes where dynamic routing takes their mean.  The cost
-is quadratic: n lower and n higher capsules exchange n^2 votes, 268 MB per image in Table 1's layer.
+length says whether the thing is there, its direction describes what it is like.  Capsules lie on a
+grid as the neurons of a convolutional layer do: where a feature map has channels, a *capsule image*
+has *types*, with one capsule of each type at every position.
+
+Every lower capsule u_i predicts every higher capsule j: a matrix maps u_i to its *vote* v_hat_j|i.
+Where many votes for j agree, the parts that cast them fit into a whole.  So a vote that agrees with
+the others gains weight, j is computed again from the weighted votes, and so on for a few
+iterations.  That is *routing by agreement* (dynamic_routing); *EM routing* (em_routing) fits a
+Gaussian to the votes where dynamic routing takes their mean.  The cost is quadratic: n lower and n
+higher capsules exchange n^2 votes, 268 MB per image for the 2,048 capsules of Table 1.
 
 The paper replaces the iterations by one pass, *capConv*: a higher capsule receives the lower
 capsules of its own type through a master branch and those of all other types through an aide
 branch, and two small convolutions compute how much each branch counts.  In training the paper also
 requires that a layer can be reconstructed from the one above: a *feedback unit* generates the lower
-image from the higher one, and an optimal transport divergence compares the generated images of a
-batch with the real ones.
+capsule image from the higher one, and an optimal transport divergence compares what it generates
+for a batch with the batch's real lower images.
 
 Axes    B batch · i / j lower / higher capsules, n_in / n_out their numbers · d numbers per capsule,
-        e per lower capsule where both occur · G capsule types, g one of them · P positions of a
-        type, p one of them · H, W height and width · K classes · n, m samples of two clouds, P
-        is also their transport plan · t iteration
-Layout  a capsule image is (B, G*d, H, W), type-major: `groups=G` gives each type its own transform
+        e per lower capsule where both occur · G capsule types, g one of them · P positions, p one
+        of them · H, W height and width · K classes · n, m samples of two clouds · t iteration.  In
+        optimal transport P is the plan
+Layout  a capsule image is (B, G*d, H, W): the d channels of type 1, then those of type 2, and so
+        on, so that a convolution with groups=G treats each type on its own
 
 Where each equation lives
     Sec. 2.1    squash ............... squash            Eq. (8)   <Q, P> .. sinkhorn_divergence
@@ -33,7 +37,7 @@ Where each equation lives
 Where the paper is ambiguous, or we differ from it or from the authors' released code, the code says
 "Deviation" with the number in this list
     1  order of Sinkhorn's updates .. sinkhorn_plan     7  softmax before KL ..... kl_divergence
-    2  kernel of the aide ........... CapConv           8  scales . RoutedCapsules, CapConv, CapNet
+    2  kernels, skip ................ CapConv          8  scales . RoutedCapsules, CapConv, CapNet
     3  generator, extractor ......... FeedbackUnit      9  stem, vanilla generator ....... EncapNet
     4  softmax over i ............... dynamic_routing  10  EM's activations and scores ..... CapNet
     5  EM is standardised over j .... standardise      11  Table 1 by logs . CNN, CapNet, EncapNet6
@@ -91,6 +95,11 @@ def full_precision(function):
     return wrapped
 
 
+# ---- squash, and the two classic routings on explicit votes: the readable definition -------------
+# Dynamic routing takes a weighted mean of the votes and measures agreement by the inner product; EM
+# routing fits a Gaussian and measures agreement by its log density.  A capsule of EM is a *pose*,
+# the vector, and an *activation*, a number in [0, 1] that takes the place of the vector's length.
+
 def squash(s, dim=-1):
     """Shrink a vector to a length below 1 and keep its direction.   [Sec. 2.1]
 
@@ -103,21 +112,15 @@ def squash(s, dim=-1):
     return (wide * (length / (1 + square))).to(s.dtype)
 
 
-# ---- The two classic routings on explicit votes: the readable definition -------------------------
-# Dynamic routing takes a weighted mean of the votes and measures agreement by the inner product; EM
-# routing fits a Gaussian and measures agreement by the log density.
-
 def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficients=False):
     """Routing by agreement: votes that agree with the mean vote gain weight.   [Eqs. (1), (4)]
 
     votes: (B, i, j, d), v_hat_j|i;  b0: initial logits, broadcast to (B, i, j), or None
     softmax: the axis over which the coefficients c sum to 1
-        "in", over i, as in the paper: the votes for one higher capsule compete, and it takes their
-        weighted mean; higher capsules do not compete
-        "out", over j, as in Sabour et al.: every lower capsule divides one vote among the higher
-        ones, which compete for it
-        Deviation 4: we keep "out", with which the authors' loss did not converge (App. A.i); we
-        found no failure to converge.
+        "in", over i, as in the paper: the votes for j compete, and s_j is their weighted mean
+        "out", over j, as in Sabour et al.: the higher capsules compete for each lower one
+        Deviation 4: the authors' loss did not converge with "out" (App. A.i).  Ours does, so we
+        offer both.
     -> v (B, j, d), lengths in [0, 1);  with return_coefficients also c (B, i, j), last iteration
     """
     check_positive(iterations=iterations)
@@ -136,12 +139,11 @@ def dynamic_routing(votes, iterations=3, softmax="in", b0=None, return_coefficie
 def standardise(x):
     """Zero mean and unit variance over the last axis; 0 where all are equal.   [App. A.i]
 
-    Deviation 5.  App. A.i calls a normalisation before the sigmoid crucial and gives no formula; to
-    standardise the log densities of the E-step as well is ours.  They and the cost are sums over
-    the d numbers of a pose, in which differences between capsules j add up.  The softmax then
-    assigns more and more votes to a single capsule each; a capsule left with one or two votes has
-    almost no variance, and its next log densities differ by even more: with three iterations a
-    network hardly learns.  Standardised, cost and log density stay of order 1.
+    Deviation 5: App. A.i calls a normalisation before the sigmoid crucial and gives no formula.  We
+    standardise over j, in em_routing below, both the cost and the log densities.  Each is a sum
+    over the d numbers of a pose, so differences between capsules j add up until the softmax gives
+    each vote to a single j.  A capsule left with one or two votes has almost no variance, which
+    makes its next log densities more extreme still: with three iterations a network hardly learns.
     """
     # layer_norm computes x / std - mean / std, which is inexact where |mean| >> std: shift first.
     x = x - x.detach().amax(-1, keepdim=True)
@@ -149,12 +151,12 @@ def standardise(x):
 
 
 def em_activation(log_mass, var, beta_v, beta_a, t):
-    """Log activation of higher capsules: high where votes explained cost little.   [Eq. (2)]
+    """Log activation of each higher capsule: high if its votes lie close together.   [Eq. (2)]
 
     log_mass: (B, j), log sum_i R_ij a_i;  var: (B, j, d);  beta_v, beta_a: (j,);  t: iteration
     -> (B, j)
     """
-    # Standardising is scale-free except for its eps, which this keeps small for any activations.
+    # A common factor of the masses cancels in standardise; this one keeps its eps negligible.
     mass = (log_mass - log_mass.amax(-1, keepdim=True)).exp()
     cost = mass * (beta_v[:, None] + var.log() / 2).sum(-1)              # sum over d
     return F.logsigmoid((1 + t) * (beta_a - standardise(cost)))
@@ -164,17 +166,21 @@ def em_activation(log_mass, var, beta_v, beta_a, t):
 def em_routing(votes, activation, beta_v, beta_a, iterations=3, return_coefficients=False):
     """Fit one Gaussian per higher capsule to the votes by expectation maximisation. [Eqs. (2), (3)]
 
+    R_ij = 1 / n_out at first.  Iteration t, with cost and log N standardised over j (deviation 5):
+        M-step  mean_j, var_j of the votes v_hat_j|i, weighted by r_ij = R_ij a_i
+                cost_j = sum_i r_ij sum_d (beta_v + log std_j)
+                a_j = sigmoid((1 + t) (beta_a - cost_j))
+        E-step  R_ij = softmax over j of log a_j + log N(v_hat_j|i; mean_j, var_j)
     votes: (B, i, j, d);  activation: (B, i), in [0, 1];  beta_v, beta_a: (j,)
-    -> pose (B, j, d), the means;  activation (B, j), in (0, 1)
+    -> pose (B, j, d), the means;  activation (B, j), in [0, 1]
        with return_coefficients also R (B, i, j), the assignment used by the last M-step
-    R starts uniform over j; the inverse temperature of iteration t is 1 + t.
     """
     B, n_in, n_out, _ = votes.shape
     check_shape("activation", activation, "B i", B=B, i=n_in)
     check_shape("beta_v", beta_v, "j", j=n_out)
     check_shape("beta_a", beta_a, "j", j=n_out)
     check_positive(iterations=iterations)
-    log_a = activation.clamp_min(torch.finfo(votes.dtype).tiny).log()[:, :, None]
+    log_a = activation.clamp_min(torch.finfo(votes.dtype).tiny).log()[:, :, None]     # (B, i, 1)
     log_R = votes.new_full((B, n_in, n_out), -math.log(n_out))
     for t in range(iterations):
         log_r = log_R + log_a                                            # r_ij = R_ij a_i
@@ -222,7 +228,7 @@ def spread_loss(lengths, target, margin):
 
 # ---- The routed capsule layer of CapNet ----------------------------------------------------------
 # A vote is v_hat_j|i = w_gj u_i, with one w_gj for all P positions of a type g.  The method `votes`
-# and the two functions above are the definition; the appendix has the same result without votes.
+# and the two functions above are the definition; the end of this file has the same without votes.
 
 # torch 2.6 has no is_exporting
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -235,12 +241,12 @@ class RoutedCapsules(nn.Module):
     routing: "dynamic" (softmax over "in" or "out" capsules) or "em";  bias: votes are w u + bias
     b_init: initial logits of dynamic routing, "zero", "random" (drawn once), "learnable"  [Table 5]
         the last two store one logit per pair (i, j), so that inputs must have P = `positions`
-    factored: routing without votes (appendix).  Set False, for the same result by explicit votes,
-        under torch.func and torch.compile(fullgraph=True); torch.export does so by itself.
-    gain: factor on the initial scale, 0.3 sqrt(types / in_dim).  Deviation 8: the paper says
-        "Gaussian"; at Table 1's size this lets |v| start at a few tenths, neither vanishing nor
-        saturated.  gain=1 suits inputs that are similar at all P positions; where each position has
-        a pose of its own, their mean is about 1 / sqrt(P) as long: gain=sqrt(P)
+    factored: route without computing votes (end of this file), with the same result.  Set False
+        under torch.func and torch.compile(fullgraph=True); torch.export does so by itself
+    gain: factor on the initial standard deviation, 0.3 sqrt(types / in_dim).  Deviation 8: the
+        paper says "Gaussian"; with this |v| starts at 0.2 on average in Table 1's layer after one
+        iteration, at 0.7 after three.  If the inputs differ between positions, their mean is about
+        sqrt(P) times shorter: use gain=sqrt(P)
     u: (B, types, P, in_dim) -> v (B, out_capsules, out_dim)
     em: u, activation (B, types*P) -> pose (B, out_capsules, out_dim), activation (B, out_capsules)
     """
@@ -269,17 +275,17 @@ class RoutedCapsules(nn.Module):
 
     def votes(self, u):
         """v_hat_j|i = w_gj u_i: (B, types, P, in_dim) -> (B, types*P, out_capsules, out_dim)."""
-        return torch.einsum("BGPe,Gejd->BGPjd", *self.operator(u)).flatten(1, 2)
+        return torch.einsum("BGPe,Gejd->BGPjd", *self.u_and_weight(u)).flatten(1, 2)
 
-    def operator(self, u):
-        """u and the weight that maps it to votes: a bias is the weight of a constant input 1."""
+    def u_and_weight(self, u):
+        """u and the weight w; with a bias, u has a constant 1 appended, whose weight it is."""
         if self.bias is None:
             return u, self.weight
         return F.pad(u, (0, 1), value=1), torch.cat([self.weight, self.bias[:, None]], 1)
 
     def forward(self, u, activation=None):
-        P = {} if self.b is None else {"P": len(self.b) // self.types}
-        check_shape("u", u, "B types P in_dim", types=self.types, in_dim=self.in_dim, **P)
+        check_shape("u", u, "B types P in_dim", types=self.types, in_dim=self.in_dim,
+                    **({} if self.b is None else {"P": len(self.b) // self.types}))
         if (activation is None) == (self.routing == "em"):
             raise ValueError("activation: needed with routing='em', and with it alone")
         # With fewer positions than min_positions explicit votes are faster (measured on a CPU).
@@ -288,11 +294,11 @@ class RoutedCapsules(nn.Module):
             options = {"softmax": self.softmax, "b0": self.b}
         else:
             with_votes, without_votes = em_routing, em_without_votes
-            min_positions = (self.in_dim + 1) * (self.in_dim + 2) // 6   # a third of em's monomials
+            min_positions = (self.in_dim + 1) * (self.in_dim + 2) // 6
             options = {"activation": activation, "beta_v": self.beta_v, "beta_a": self.beta_a}
         # torch.export would unroll the loops over blocks, for one batch size.
         if self.factored and u.shape[2] >= min_positions and not exporting():
-            v = without_votes(*self.operator(u), iterations=self.iterations, **options)
+            v = without_votes(*self.u_and_weight(u), iterations=self.iterations, **options)
         else:
             v = with_votes(self.votes(u), iterations=self.iterations, **options)
         return v if self.routing == "dynamic" else tuple(x.to(u.dtype) for x in v)
@@ -318,18 +324,12 @@ class ComplementConv(nn.Module):
         self.weight = nn.Conv2d((types - 1) * in_dim, types * out_dim, kernel_size).weight
 
     def dense(self):
-        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero.
-
-        Input types before the output's own keep their index, those after it move up by one.
-        """
+        """The weight as an ordinary (types*out_dim, types*in_dim, k, k), own blocks zero."""
         G = self.types
         blocks = self.weight.unflatten(1, (G - 1, -1)).unflatten(0, (G, -1))
-        index = torch.arange(G, device=blocks.device)
-        low, high = index.view(G, 1, 1, 1), index.view(G, 1, 1, 1, 1, 1)
-        before = F.pad(blocks, (0, 0, 0, 0, 0, 0, 0, 1))     # (high, out_dim, low, in_dim, k, k)
-        after = F.pad(blocks, (0, 0, 0, 0, 0, 0, 1, 0))
-        full = torch.where(low < high, before, torch.where(low > high, after, 0.0))
-        return full.flatten(2, 3).flatten(0, 1)
+        zero = torch.zeros_like(blocks[0, :, :1])            # a type's weight for itself
+        full = [torch.cat([block[:, :g], zero, block[:, g:]], 1) for g, block in enumerate(blocks)]
+        return torch.stack(full).flatten(2, 3).flatten(0, 1)
 
     def forward(self, u):
         return F.conv2d(u, self.dense(), stride=self.stride, padding=self.padding)
@@ -346,14 +346,15 @@ class CapConv(nn.Module):
         out_g = squash(ReLU(BatchNorm(s_g)))
     coefficients: "both", as above;  "own": m1 from v1 alone, m2 from v2;  "cross": m1 from v2, m2
         from v1;  "fixed": m1 = m2 = 1;  None: no aide, s = v1   [Table 3 (1-4)]
-    skip: the skip of type I, an ordinary strided 3x3 convolution of u, in which all types meet; the
-        skip of type II is `residual`: EncapModule's last layer adds the output of its type I
+    skip: add an ordinary 3x3 convolution of u, in which all types meet;  residual: an image to add
+        (EncapModule uses skip in the paper's "Type I" layers, residual in the last of "Type II")
     Deviation 2: the paper does not give k2; k1 + 2 matches its seconds per batch for (e) and (f) of
     Table 1.  The released code uses k1 + 4, lets the aide see its own type, squashes the branches.
+    C, D and the skip, of which the paper gives no sizes either, are those of the authors' logs.
     Deviation 6: beta is initialised to 1, so that a fresh layer adds its branches.
     Deviation 8: BatchNorm's weight is initialised to 1 / sqrt(out_dim).  With torch's default of 1,
     |s|^2 would be d / 2 after ReLU, and lengths would start at 0.30 for d = 2 but at 0.86 for d =
-    16, where squash is nearly flat; now they start between 0.2 and 0.3.
+    16, where squash is nearly flat; now they start between 0.21 and 0.31.
     u: (B, types*in_dim, H, W) -> (B, types*out_dim, ceil(H/stride), ceil(W/stride))
     """
 
@@ -415,7 +416,7 @@ class CapConv(nn.Module):
 
 
 class CapFC(nn.Module):
-    """Class capsules: number d of each is a linear map of number d of all u_i.   [Sec. 3.1]
+    """Class capsules: component d is a weighted sum of component d of every u_i.   [Sec. 3.1]
 
     v_jd = squash over d of sum_i w[d, i, j] u_id, no bias.   u: (B, i, d) -> (B, j, d)
     """
@@ -431,10 +432,10 @@ class CapFC(nn.Module):
 
 
 # ---- Optimal transport between two batches of samples --------------------------------------------
-# How far is one cloud of points from another?  Move the mass of the first onto the second along a
-# plan P, mass P_xy from x to y at the cost Q_xy, as cheaply as possible: <Q, P>.  If eps times the
-# entropy of P is subtracted from the cost, the best plan is exp(-Q/eps) with its columns and rows
-# scaled in turn until both marginals are right (Sinkhorn).
+# How far is one cloud of n points from another of m?  A plan P moves mass P_xy from x to y, at cost
+# Q_xy per unit: <Q, P> = sum_xy P_xy Q_xy in all.  Every x gives 1/n, every y receives 1/m.  If eps
+# times the entropy of P is subtracted from the cost, the cheapest plan is exp(-Q/eps) with its
+# columns and rows rescaled in turn until their sums are right (Sinkhorn).
 
 def normalise(z):
     """z / |z| along the last axis; 0 stays 0, with a finite gradient."""
@@ -450,6 +451,7 @@ def cosine_cost(x, y):
     return 1 - normalise(x) @ normalise(y).mT
 
 
+@full_precision
 def l2_cost(x, y):
     """Euclidean distance, unbounded; value and gradient are 0 where x = y.   [Table 3 (d5)]"""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
@@ -472,11 +474,11 @@ def sinkhorn_plan(Q, eps=0.1, iterations=10, q_max=None):
     n, m = Q.shape[-2:]
     if q_max is not None and q_max <= 60 * eps:             # e^-60 = 9e-27
         kernel = (-Q / eps).exp().reshape(-1, n, m)
-        row_scaling = kernel.new_ones(kernel.shape[0], n, 1)
+        a = kernel.new_ones(kernel.shape[0], n, 1)                       # scales the rows
         for _ in range(iterations):                                      # Eq. (9)
-            column_scaling = torch.bmm(row_scaling.mT, kernel).reciprocal()            # (., 1, m)
-            row_scaling = torch.bmm(kernel, column_scaling.mT).reciprocal() * (m / n)  # (., n, 1)
-        return (row_scaling * kernel * column_scaling / m).view(Q.shape)               # Eq. (10)
+            b = 1 / (m * a.mT @ kernel)                      # (., 1, m): columns sum to 1/m
+            a = 1 / (n * kernel @ b.mT)                      # (., n, 1): rows sum to 1/n
+        return (a * kernel * b).view(Q.shape)                            # Eq. (10)
     log_P = -Q / eps
     for _ in range(iterations):
         log_P = log_P.log_softmax(-2) - math.log(m)                      # columns sum to 1/m
@@ -489,8 +491,8 @@ def sinkhorn_divergence(x, y, eps=0.1, iterations=10, cost="cosine", bias_fix=Tr
                         plan_grad=False):
     """How far two clouds of samples are from each other: 2 W(x,y) - W(x,x) - W(y,y).   [Eq. (11)]
 
-    W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  W(x, x) > 0, and W(x, y) alone is
-    least where y is narrower than x, which the other terms correct.  POT and geomloss halve it.
+    W is <Q, P> of Eq. (8) with the plan of Eqs. (9), (10).  W(x, x) is not 0, and W(x, y) alone is
+    not least at y = x; the other terms correct that.  POT and geomloss return half of this.
     x: (..., n, d);  y: (..., m, d);  cost: "cosine" or "l2";  eps, iterations: as sinkhorn_plan
     bias_fix: False gives W(x, y) alone   [Table 3 (d1)]
     plan_grad: differentiate through the plan as well [Table 3 (d2)].  By default it is a constant:
@@ -530,11 +532,11 @@ def kl_divergence(real, generated):
 
 # ---- Feedback agreement: the lower layer must be reconstructible from the higher one -------------
 
-def gather(x):
+def gather_ranks(x):
     """The samples (B, ...) of all ranks, (ranks*B, ...), differentiable.
 
-    Every rank, with equally many samples, computes the same divergence.  Gradients flow to its own
-    samples alone, times the number of ranks, as DistributedDataParallel averages over ranks.
+    Each process ("rank") has B samples and computes the same divergence.  It sends gradients to its
+    own samples only, times the number of ranks, since DistributedDataParallel averages over ranks.
     """
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
@@ -567,10 +569,10 @@ class FeedbackUnit(nn.Module):
     extractor: False compares raw pixels (d3);  divergence: "ot", or "kl" (b)
     cost, eps, iterations, bias_fix, plan_grad: of the transport, as sinkhorn_divergence
     forward: low (B, low, H, W), high (B, high, H', W') -> scalar
-    Deviation 3: the generator is grouped by type, as released; App. B prints "the dimension of
-    input capsules", which would mix types here.  The extractor runs once, on real and generated
-    samples together, so that both share batch statistics.  A stride is 1 where it would leave a
-    single number, which has no gradient under cosine cost.
+    Deviation 3: the generator has one group per type, as in the released code; App. B prints "the
+    dimension of input capsules", which would mix types here.  The extractor runs once, on real and
+    generated samples together, so that both share batch statistics.  Its stride is 1 where 2 would
+    leave a single number, whose cosine has no gradient.
     """
 
     def __init__(self, low, high, types=32, stride=2, *, generator="capsule", extractor=True,
@@ -601,13 +603,12 @@ class FeedbackUnit(nn.Module):
     def extract(self, image):
         """f: image (B, low, H, W) -> features (B, F).
 
-        If only one feature, the same in all samples, is not 0, the cosine cost and its gradient are
-        0: the trivial minimum.
+        The cost has a trivial minimum: if a single feature is nonzero, the same one in all samples,
+        every cosine is 1, and the cosine cost and its gradient are 0.
         """
         if self.extractor is None:
             return image.flatten(1)
-        conv1, norm1, conv2, norm2 = self.extractor
-        for conv, norm in ((conv1, norm1), (conv2, norm2)):
+        for conv, norm in (self.extractor[:2], self.extractor[2:]):
             stride = 2 if max(image.shape[-2:]) > 2 else 1               # deviation 3
             image = F.relu(norm(F.conv2d(image, conv.weight, None, stride, padding=1)))
         return image.flatten(1)
@@ -617,7 +618,7 @@ class FeedbackUnit(nn.Module):
         check_shape("high", high, "B high H W", B=low.shape[0])          # else chunk mixes the two
         real_and_generated = torch.cat([low, self.generate(high, low.shape[-2:])])
         real, generated = self.extract(real_and_generated).chunk(2)
-        return gather(real), gather(generated)
+        return gather_ranks(real), gather_ranks(generated)
 
     def forward(self, low, high):
         real, generated = self.features(low, high)
@@ -653,8 +654,8 @@ class Network(nn.Module):
         self.blocks, self.units, self.feedback = (), (), 0
 
     def add_units(self, feedback, channels, strides, **options):
-        """feedback: 1, a unit from the output to the input of every module; 2, another from its
-        output to the output of its first layer."""
+        """feedback: units per module.  The first reconstructs the module's input from its output,
+        the second the output of its first layer."""
         check_choice((0, 1, 2), feedback=feedback)
         self.units, self.feedback = nn.ModuleList(), feedback
         for low, high, stride in zip(channels[:-1], channels[1:], strides, strict=True):
@@ -662,28 +663,29 @@ class Network(nn.Module):
                 self.units.append(FeedbackUnit(c, high, stride=step, **options))
 
     def walk(self, u):
-        """Image u through all modules -> last image, the images [(low, high), ...] of the units."""
-        images = []
+        """Pass image u through all modules -> last image, a pair (low, high) for each unit."""
+        pairs = []
         for module in self.blocks:
             first, v = module(u)
-            images += [(u, v), (first, v)][:self.feedback]
+            pairs += [(u, v), (first, v)][:self.feedback]
             u = v
-        return u, images
+        return u, pairs
 
     def forward(self, x):
         check_shape("x", x, "B C H W", **self.input_sizes)
-        u, images = self.walk(self.stem(x))
+        u, pairs = self.walk(self.stem(x))
         feedback = u.new_zeros(())
         if self.training:
-            for unit, (low, high) in zip(self.units, images, strict=True):
+            for unit, (low, high) in zip(self.units, pairs, strict=True):
                 feedback = feedback + unit(low, high)
         return self.scores(u), feedback
 
 
 class EncapModule(nn.Module):
-    """Type I capConv, which raises the dimension, then a chain of N of type II.  [Fig. 3a, Table 2]
+    """One capConv that raises the dimension, then `depth` that keep it.   [Fig. 3a, Table 2]
 
-    u -> the images after type I and after the chain
+    The paper calls the first "Type I", the others "Type II", kinds of layers, not capsule types.
+    u -> the images after the first layer and after the last
     """
 
     def __init__(self, in_dim, out_dim, depth, stride, skip, **options):
@@ -702,7 +704,8 @@ class EncapModule(nn.Module):
 class EncapNet(Network):
     """Convolution, capConv modules, capFC.   [Table 2]
 
-    depths: N of each module;  dims: capsule dimensions, one more than depths;  types: capsule types
+    depths: Type II layers of each module, N in Table 2;  dims: capsule dimensions, of the stem and
+        of each module;  types: capsule types
     coefficients, aide_kernel: as CapConv; coefficients also one per module
     skip: "both", "I", "II" or None [Table 3 (5-7)];  stem_stride: use 4 for images of 128 or more
     feedback: units per module, 0, 1, 2;  further keywords go to FeedbackUnit
@@ -726,8 +729,10 @@ class EncapNet(Network):
         self.types = types
         self.stem = conv_bn_relu(in_channels, types * dims[0], stem_stride)
         self.blocks = nn.ModuleList(
-            EncapModule(*sizes, skip, types=types, coefficients=c, aide_kernel=aide_kernel)
-            for *sizes, c in zip(dims[:-1], dims[1:], depths, strides, coefficients, strict=True))
+            EncapModule(low, high, depth, stride, skip, types=types, coefficients=c,
+                        aide_kernel=aide_kernel)
+            for low, high, depth, stride, c in zip(
+                dims[:-1], dims[1:], depths, strides, coefficients, strict=True))
         self.add_units(feedback, [types * d for d in dims], strides, types=types, **unit_options)
         side = math.ceil(image_size / (stem_stride * math.prod(strides)))
         self.classes = CapFC(types * side ** 2, dims[-1], num_classes)
@@ -768,10 +773,10 @@ class EncapNet6(Network):
 class CapNet(Network):
     """Table 1 (a), (b): four convolutions, 2,048 capsules of 8 -> as many of 16 -> K of 16.
 
-    Deviation 11: both routed layers have a bias, as the logged number of parameters implies.
     routing, iterations, softmax, b_init, factored: as RoutedCapsules
+    Deviation 11: both routed layers have a bias, as the logged number of parameters implies.
     Deviation 10: the activation of a lower capsule of EM is the sigmoid, not the released ReLU, of
-    BatchNorm of a convolution; a class score is |squash(mu)|, not the activation.
+    BatchNorm of a 3x3 convolution; a class score is |squash(mu)|, not the activation.
     """
 
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, types=32, routing="dynamic",
@@ -927,10 +932,11 @@ def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
 
 
 # ---- Appendix: routing without votes -------------------------------------------------------------
-# Dynamic.  Routing uses a vote twice.  After t iterations, with V_j the sum of their v_j,
+# Dynamic routing uses votes in two sums only, for b and for s.  With V_j the sum of v_j over the
+# iterations so far,
 #     b_ij = b0_ij + v_hat_ij . V_j = b0_ij + u_i . query_gj,    query_gj = w_gj^T V_j
 #     s_j  = sum_i c_ij w_gj u_i         = sum_g w_gj (sum_p c_ij u_i)
-# so agreement is an inner product of 8 numbers, and inputs are pooled before they are mapped.
+# so agreement is an inner product with u_i itself, and inputs are pooled before they are mapped.
 #
 # EM.  The M-step takes three moments of the votes of higher capsule j, with r_i = R_ij a_i:
 #     mass = sum_i r_i
@@ -946,8 +952,8 @@ def build(name, num_classes=10, in_channels=3, image_size=None, **overrides):
 # In the E-step, the distance of a vote from the last mean is also a polynomial in x:
 #     sum_d (vote_i - mean)^2 h = sum_d ((w x)^2 + 2 delta_g (w x) + delta_g^2) h,  h = 1 / (2 var)
 #
-# Both work in blocks, recomputed in the backward pass, so that neither the votes nor, in Table 1's
-# layer, the n_in x n_out coefficients are ever stored at once.
+# Both work in blocks, recomputed in the backward pass, so that neither the votes nor (but with the
+# softmax over j) the n_in x n_out coefficients of Table 1's layer are ever stored at once.
 
 BLOCK = 2 ** 20                      # about how many elements the largest array has; EM's up to 4x
 checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
@@ -1061,7 +1067,7 @@ def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3):
     n_out, d = weight.shape[2:]
     n_monomials = (e + 1) * (e + 2) // 2
     types_per_block = min(G, max(1, 4 * BLOCK // (n_out * d * n_monomials)))
-    samples = max(1, 2 * BLOCK // (n_out * P * types_per_block))
+    samples = max(1, 2 * BLOCK // (max(n_out, n_monomials) * P * types_per_block))
     if B > samples:
         parts = [checkpoint(em_without_votes, x, weight, a, beta_v, beta_a, iterations)
                  for x, a in zip(u.split(samples), activation.split(samples), strict=True)]

@@ -565,11 +565,13 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("kind, blocks", [("in", 4), ("out", 3.5), ("em", 12)])
-def test_routing_without_votes_frees_each_block_s_arrays(kind, blocks, monkeypatch):
-    """Few arrays of a block's size at once; the votes are 14 of these blocks."""
+@pytest.mark.parametrize("kind, n_out, samples, blocks", [
+    ("in", 256, 2, 4), ("out", 256, 2, 3.5), ("em", 256, 2, 12), ("em", 10, 128, 12)])
+def test_routing_without_votes_frees_each_block_s_arrays(kind, n_out, samples, blocks, monkeypatch):
+    """Few arrays of a block's size at once; the votes are 14 of these blocks, or 35."""
     monkeypatch.setattr(encapnet, "BLOCK", 150_000)
-    layer, inputs = routed(kind, types=4, in_dim=8, n_out=256, d=16, P=64)
+    layer, inputs = routed(kind, types=4, in_dim=8, n_out=n_out, d=16, P=64)
+    inputs = [torch.cat([x] * samples)[:samples] for x in inputs]
     with Live() as live:
         layer(*inputs)
     assert 0 < live.most < blocks * encapnet.BLOCK
