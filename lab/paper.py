@@ -73,7 +73,7 @@ TABLES = {
         "both coefficients fixed at 1": dict(set=dict(coefficients="fixed")),
         **{f"OT loss, lambda {lam:g}": dict(lam=lam, set=dict(feedback=1))
            for lam in (0.1, 1.0)},                                        # (c) has 10
-        "OT loss as in the authors' logs: lambda 20, l2, eps 1, vanilla g": dict(
+        "OT loss, lambda 20, l2, eps 1, vanilla g, as in most of the logs": dict(
             lam=20.0, set=dict(feedback=1, cost="l2", eps=1.0, generator="vanilla"))})],
     "4": [Part("comparison; the paper's mean ± std: ++ on CIFAR-10 3.56 ± 0.12 and SVHN "
                "1.87 ± 0.11, + on CIFAR-100 24.85 ± 0.11", model_row("encapnet"),

@@ -141,7 +141,8 @@ def summary(config, paper, runs):
     how = count(len(lines), "seed"), count(lines[0]["epochs"], "epoch"), devices
     bad = [line["outcome"] for line in lines if line["outcome"] != "ok"]
     if bad:
-        return (theirs, f"fail ({bad[0]})", "–"), how
+        failed = "fail" if len(bad) == len(lines) else f"{len(bad)} of {len(lines)} fail"
+        return (theirs, f"{failed} ({bad[0]})", "–"), how
     errors = [line["top5_error" if config.dataset == "imagenet" else "error"] for line in lines]
     mean = statistics.mean(errors)
     spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
