@@ -15,6 +15,8 @@
 A run is a folder in runs/: log.jsonl (configuration, machine, one entry per epoch), last.pt and
 previous.pt (checkpoints), curves.png, result.json.  Killed at any moment it goes on with --resume,
 bit for bit on a CPU.  runs/results.jsonl collects the results.
+
+The defaults below are the paper's; for digits and folder there are others, at the end of this page.
 """
 import argparse
 import dataclasses
@@ -57,9 +59,8 @@ def make_parser():
                              subsequent_indent="    ", break_on_hyphens=False)
                for dataset, settings in {**OURS, "--recipe fast": FAST}.items())
     parser = Parser("train.py", description=__doc__,
-                    epilog="The defaults above are the paper's, --recipe paper.  Unless asked for "
-                           "it, these data sets have\na recipe of ours, of a few minutes (digits: "
-                           "also what trains without --dataset):\n" + "\n".join(recipes),
+                    epilog="Recipes of ours, of a few minutes, unless --recipe paper is asked for "
+                           "(digits: also what\ntrains without --dataset):\n" + "\n".join(recipes),
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     commands = parser.add_argument_group("what to do; without one of these: train")
     one = commands.add_mutually_exclusive_group()

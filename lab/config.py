@@ -80,11 +80,11 @@ run_option = functools.partial(option, free=True, group="this run: where, how fa
 @dataclasses.dataclass
 class Config:
     dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
-    data_path: str = data_option("data", help="where data sets are, or go", free=True)
+    data_path: str = data_option("data", help="folder of the data sets; downloads go there", free=True)
     image_size: int = data_option(0, help="side of the square that the network sees (images: short "
                                   "side resized, middle cut out); 0: the data set's")
     train_images: int = data_option(0, help="use only N, always the same ones; 0: all", metavar="N")
-    test_images: int = data_option(0, help="the same for the test", metavar="N")
+    test_images: int = data_option(0, help="the same for test images", metavar="N")
     resample: bool = data_option(False, help="with --train-images: others for every seed")
     hold_out: bool = data_option(False, help="to choose settings by: every tenth training image is "
                                  "tested, not trained on")
@@ -120,10 +120,10 @@ class Config:
                               metavar="N")
     clip: float = train_option(0.0, help="scale the gradient down to this norm; 0: never",
                                metavar="NORM")
-    schedule: str = train_option("steps", help="of the rate", choices=("steps", "one-cycle"))
-    milestones: tuple = train_option((200, 300, 400), help="at which the rate falls",
+    schedule: str = train_option("steps", help="of the learning rate", choices=("steps", "one-cycle"))
+    milestones: tuple = train_option((200, 300, 400), help="epochs at which it falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
-    gamma: float = train_option(0.1, help="by this factor")
+    gamma: float = train_option(0.1, help="factor by which it falls there")
     seed: int = train_option(0, help="of weights, order and augmentation")
     device: str = run_option("auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     amp: bool = run_option(False, help="bfloat16 where it is safe; recipe fast: on a GPU, yes")
@@ -136,7 +136,7 @@ class Config:
     resume: str = run_option(None, help="go on with a run as it was asked for: its folder, or the "
                              "newest unfinished in runs/", nargs="?", const="", metavar="PATH")
     save_every: float = run_option(60.0, help="seconds between checkpoints, 0: every step")
-    print_freq: int = run_option(50, help="steps between looks at the loss", type=number(1))
+    print_freq: int = run_option(50, help="steps between updates of the loss shown", type=number(1))
 
 
 PAPERS = {name: dict(batch_size=256) for name in ("h-imagenet", "imagenet")}   # else Config's

@@ -87,7 +87,7 @@ def draw_coefficients(run, figure, shown=3):
                               "negative": (m < 0).double().mean().item()}
         figure.colorbar(drawn, ax=two)
     density.axvline(1, color="0.5", lw=.8)
-    density.set(title="all types; grey: the start", xlabel="coefficient", ylabel="density",
+    density.set(title="all types; grey line: initial value", xlabel="coefficient", ylabel="density",
                 yticks=[])
     figure.legend(loc="outside lower right", ncols=4, fontsize=8)
     return numbers
@@ -102,18 +102,18 @@ def draw_feedback(run, figure, shown=4):
         made = unit.generate(high, low.shape[-2:])
         real, generated = lengths(low), lengths(made)
         if k == 1:
-            draw_maps(axes["R"], some(real, shown), "real, unit 1", columns=shown)
-            draw_maps(axes["G"], some(generated, shown), "generated, unit 1", columns=shown)
+            draw_maps(axes["R"], some(real, shown), "lower layer of unit 1, capsule lengths", columns=shown)
+            draw_maps(axes["G"], some(generated, shown), "the same, generated from the higher layer", columns=shown)
         for label, value in (
                 ("correlation, all channels", measure.correlation(low, made)),
                 ("correlation, capsule lengths", measure.correlation(real, generated)),
-                ("the same, another image", measure.correlation(real, generated.roll(1, 0))),
-                ("share told apart", measure.variance_between_samples(unit, low).item())):
+                ("lengths, of another image", measure.correlation(real, generated.roll(1, 0))),
+                ("variance between images", measure.variance_between_samples(unit, low).item())):
             found.setdefault(label, {})[f"unit {k}"] = value
     figures.draw_series(
         axes["B"], found, lambda value: (value, math.nan), title="generated against real images",
-        xlabel="told apart: share of variance between samples in the features a unit compares;\n"
-        "near 0 all images look alike to the unit, and it feeds nothing back")
+        xlabel="variance between images: its share in the features that a unit compares;\n"
+        "near 0 all images look alike to the unit, and it gives no useful gradient")
     figure.legend(loc="outside lower right", ncols=4, fontsize=8)
     return found
 

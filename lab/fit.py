@@ -69,15 +69,15 @@ class Run:
     optimizer: torch.optim.Optimizer
     header: dict                   # first line of the log
     folder: Path = None
-    signals: list = ()             # caught, to act on after the step
-    saved: float = 0.0             # when
+    signals: list = ()             # caught so far; acted on after the step
+    saved: float = 0.0             # time of the last checkpoint
     # --------------------------------------------------------------------------------------------
     epoch: int = 0                 # completed
     step: int = 0                  # completed in this epoch
     totals: Tensor = None          # sums over steps: 1, then what train_step gives
     history: list = dataclasses.field(default_factory=list)     # one entry per epoch
-    seconds: float = 0.0           # spent on it until it was saved last
-    moments: list = dataclasses.field(default_factory=list)     # Figure 2's, of routed networks
+    seconds: float = 0.0           # of training, up to the last checkpoint
+    moments: list = dataclasses.field(default_factory=list)     # agreement of votes, for Figure 2
 
     @property
     def batch(self):
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def steps(self):
-        """Steps of an epoch; the few images left over are others in the next one."""
+        """Steps of an epoch; a few images are left over, other ones each time."""
         return len(self.data.train) // self.batch
 
     @property
@@ -100,7 +100,7 @@ def batch_size(config, images):
 
 
 def learning_rate(config, progress):
-    """Of a step at this part in [0, 1) of the run."""
+    """The rate of a step, given the finished share of the run, in [0, 1)."""
     if config.schedule == "steps":
         epochs = progress * config.epochs + 1e-9          # done; a milestone may lie within one
         return config.lr * config.gamma ** sum(epochs >= m for m in config.milestones)
@@ -111,12 +111,14 @@ def learning_rate(config, progress):
 
 
 def make_optimizer(config, parameters, device):
-    fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
-    return {
-        "adam": lambda p, **kw: torch.optim.Adam(p, **fused, **kw),
-        "rmsprop": torch.optim.RMSprop,
-        "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.9, **fused, **kw),
-    }[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
+    options = dict(lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, **options)
+    if device.type in ("cuda", "cpu"):
+        options["fused"] = True
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, **options)
+    return torch.optim.Adam(parameters, **options)
 
 
 def classification_loss(config, scores, labels, progress):
@@ -174,16 +176,17 @@ def train_epoch(run):
                 if not bar.disable:
                     bar.set_postfix_str(f"loss {run.totals[1] / run.totals[0]:.4f}")
             due = time.monotonic() - run.saved >= config.save_every
-            vote = torch.tensor(run.signals[0] if run.signals else int(due))
+            # 0: go on; 1: save; above: the number of a signal, save and stop
+            action = torch.tensor(run.signals[0] if run.signals else int(due))
             if world() > 1:                               # one process's signal stops them all
-                dist.all_reduce(vote, dist.ReduceOp.MAX)
-            caught = int(vote)
-            if caught:
+                dist.all_reduce(action, dist.ReduceOp.MAX)
+            if action > 0:
                 checkpoint.save(run)
-            if caught > 1:
-                raise Problem(f"stopped by {signal.Signals(caught).name} in epoch {run.epoch + 1}, "
+            if action > 1:
+                number = int(action)
+                raise Problem(f"stopped by {signal.Signals(number).name} in epoch {run.epoch + 1}, "
                               f"after step {run.step}; go on with: python train.py "
-                              f"--resume {run.folder}", 128 + caught)
+                              f"--resume {run.folder}", 128 + number)
 
 
 def clock(seconds):

@@ -129,12 +129,12 @@ def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated
         real, made = (z.double().numpy() for z in (low, unit.generate(high, low.shape[-2:])))
         expected = {"correlation, all channels": correlation(real, made),
                     "correlation, capsule lengths": correlation(lengths(real), lengths(made)),
-                    "the same, another image": correlation(lengths(real),
+                    "lengths, of another image": correlation(lengths(real),
                                                            np.roll(lengths(made), 1, 0))}
         z = unit.extract(low).double().numpy()
         z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
         alive = np.square(z).sum(1).mean()
-        expected["share told apart"] = 1 - np.square(z.mean(0)).sum() / alive if alive else 0
+        expected["variance between images"] = 1 - np.square(z.mean(0)).sum() / alive if alive else 0
         found = {name: values[f"unit {k + 1}"] for name, values in numbers.items()}
         assert found == pytest.approx(expected, abs=2e-3)
 
