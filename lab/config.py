@@ -80,7 +80,7 @@ run_option = functools.partial(option, free=True, group="this run: where, how fa
 @dataclasses.dataclass
 class Config:
     dataset: str = data_option("digits", help="see --list", choices=DATASETS, metavar="DATASET")
-    data_path: str = data_option("data", help="folder of the data sets; downloads go there", free=True)
+    data_path: str = data_option("data", help="where data sets are or are put", free=True)
     image_size: int = data_option(0, help="side of the square that the network sees (images: short "
                                   "side resized, middle cut out); 0: the data set's")
     train_images: int = data_option(0, help="use only N, always the same ones; 0: all", metavar="N")
@@ -120,7 +120,8 @@ class Config:
                               metavar="N")
     clip: float = train_option(0.0, help="scale the gradient down to this norm; 0: never",
                                metavar="NORM")
-    schedule: str = train_option("steps", help="of the learning rate", choices=("steps", "one-cycle"))
+    schedule: str = train_option("steps", help="of the learning rate",
+                                 choices=("steps", "one-cycle"))
     milestones: tuple = train_option((200, 300, 400), help="epochs at which it falls",
                                      type=number(1), nargs="+", metavar="EPOCH")
     gamma: float = train_option(0.1, help="factor by which it falls there")

@@ -102,8 +102,9 @@ def draw_feedback(run, figure, shown=4):
         made = unit.generate(high, low.shape[-2:])
         real, generated = lengths(low), lengths(made)
         if k == 1:
-            draw_maps(axes["R"], some(real, shown), "lower layer of unit 1, capsule lengths", columns=shown)
-            draw_maps(axes["G"], some(generated, shown), "the same, generated from the higher layer", columns=shown)
+            for name, image, title in (("R", real, "lower layer of unit 1, capsule lengths"),
+                                       ("G", generated, "the same, generated from the higher")):
+                draw_maps(axes[name], some(image, shown), title, columns=shown)
         for label, value in (
                 ("correlation, all channels", measure.correlation(low, made)),
                 ("correlation, capsule lengths", measure.correlation(real, generated)),

@@ -13,7 +13,8 @@ from lab import figures, why
 from lab.config import make_config
 from lab.data import load_data, shuffle
 from lab.fit import build_run
-from lab.paper import row_config
+from lab.paper import TABLES, part_cells, row_config
+from lab.results import config_key
 from lab.test_data import write_idx
 
 CPU = torch.device("cpu")
@@ -61,13 +62,31 @@ def mnist(tmp_path):
 
 def test_em_is_measured_in_both_forms(mnist):
     """The first iteration is alike; left as they are, log densities leave fewer votes after it."""
-    _, found = why.em(mnist, rounds=2, images=2)
+    found = why.em_statistics(mnist, rounds=2, images=2)
     layers = {(layer, form): found[f"layer {layer}, {form}"]
               for layer in (1, 2) for form in ("standardised", "as it is")}
     assert len(found) == 4
     first, other = (layers[1, form]["effective votes"] for form in ("standardised", "as it is"))
     assert first[0] == other[0] and first[1] > other[1]
     assert all(len(values) == 2 for seen in found.values() for values in seen.values())
+
+
+def test_em_is_trained_in_both_forms(monkeypatch):
+    """The study's network of three iterations, by explicit votes, so that both forms are exact."""
+    trained = []
+
+    def errors_after_training(config):
+        trained.append((encapnet.standardise, config))
+        return 10.0 * len(trained), 99.0
+    monkeypatch.setattr(why, "new_run", lambda config: config)
+    monkeypatch.setattr(why, "errors_after_training", errors_after_training)
+    assert why.em_errors("there", 2) == {"standardised": [10, 20], "as it is": [30, 40]}
+    assert [form(torch.tensor([3.0, 5.0])).tolist() for form, _ in trained] == [
+        *2 * [[-1, 1]], *2 * [[3, 5]]]
+    study = config_key(part_cells(TABLES["routing"][0], {})["3", "EM"])
+    for (_, config), seed in zip(trained, (0, 1, 0, 1), strict=True):
+        assert (config.seed, config.data_path) == (seed, "there")
+        assert config.set.pop("factored") is False and config_key(config) == study
 
 
 def looks(line):
@@ -82,20 +101,28 @@ def test_em_is_drawn_iteration_by_iteration(mnist, monkeypatch):
         return {"effective votes": [n_out, n_out + 1 + both],
                 "deviation of log p": [3 + both, 1 / n_out]}
     monkeypatch.setattr(why, "layer_statistics", statistics)
+    monkeypatch.setattr(why, "em_errors", lambda data_path, seeds: {
+        "standardised": [5.0, 6.0], "as it is": [50.0, 80.0]})
     figure, found = why.em(mnist, rounds=2, images=2)
     expected = {f"layer {layer}, {form}": {
         "effective votes": [n_out, n_out + 1 + both], "deviation of log p": [3 + both, 1 / n_out]}
         for layer, n_out in ((1, 256), (2, 10))
         for form, both in (("standardised", True), ("as it is", False))}
-    assert found == expected
-    for axis, what in zip(figure.axes, ("effective votes", "deviation of log p"), strict=True):
+    assert found == {"statistics": expected, "errors": {"standardised": [5, 6],
+                                                        "as it is": [50, 80]}}
+    *axes, last = figure.axes
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in last.lines] == [
+        ([0, 0], [5, 6]), ([1, 1], [50, 80])]
+    assert [text.get_text() for text in last.get_xticklabels()] == ["standardised", "as it is"]
+    for axis, what in zip(axes, ("effective votes", "deviation of log p"), strict=True):
         assert axis.get_ylabel().startswith(what) and axis.get_yscale() == "log"
         drawn = {line.get_label(): line[0] for line in axis.containers}
         assert {label: line.get_ydata().tolist() for label, line in drawn.items()} == {
             label: values[what] for label, values in expected.items()}
         assert all(line.get_xdata().tolist() == [1, 2] for line in drawn.values())
         assert len(set(map(looks, drawn.values()))) == 4
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(found)
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == \
+        list(found["statistics"])
 
 
 def test_the_burst_is_drawn_step_by_step(monkeypatch):

@@ -4,8 +4,9 @@
     python -m lab.why burst    the first epoch with the feedback unit at the paper's weight, 10
     python -m lab.why steps    from a ResNet to EncapNet, one change at a time; lengths at the start
 
-Each writes runs/why-NAME.png and its numbers, runs/why-NAME.json.  `steps` takes two hours of a
-core; it writes its numbers after every run, and runs only what the file lacks.
+Each writes runs/why-NAME.png and its numbers, runs/why-NAME.json.  `em` takes ten minutes of a
+core, `steps` two hours; that one writes its numbers after every run, and runs only what the file
+lacks.
 """
 import json
 import math
@@ -24,9 +25,14 @@ from lab.data import load_data, normalised, shuffle
 from lab.figures import COLOURS, canvas, draw_series, interval, save_figure
 from lab.fit import build_run, losses, make_optimizer, start, train_step
 from lab.measure import evaluate, first_images
-from lab.paper import SMALL, model_row, row_config
+from lab.paper import ROUTING, SMALL, model_row, row_config
 from lab.results import environment
 from lab.runtime import RUNS, guarded, say, write_file
+
+
+def new_run(config):
+    device = start(config)
+    return build_run(config, load_data(config, device), device)
 
 
 def batches(run):
@@ -38,6 +44,13 @@ def batches(run):
         yield images, labels, draws[index]
         run.step += 1
     run.epoch, run.step = run.epoch + 1, 0
+
+
+def errors_after_training(run):
+    """Train to the end -> errors in %: of the images to test on; of training, in the last epoch."""
+    while run.epoch < run.config.epochs:
+        wrong = [train_step(run, *batch)[2] for batch in batches(run)]
+    return evaluate(run)["error"], 100 * torch.stack(wrong).mean().item()
 
 
 # ---- EM routing ----------------------------------------------------------------------------------
@@ -71,28 +84,55 @@ FORMS = {"standardised": encapnet.standardise, "as it is": lambda x: x}
 
 
 @torch.no_grad()
-def em(data_path, rounds=5, images=16):
-    """Both layers of an untrained capnet-em (4 types) on MNIST, in both forms -> figure, found."""
+def em_statistics(data_path, rounds, images):
+    """Of both layers of an untrained capnet-em (4 types) on MNIST, in both forms."""
     found = {}
     for name, standardise in FORMS.items():
-        config = make_config(dataset="mnist", data_path=data_path, model="capnet-em", device="cpu",
-                             set=dict(types=4), train_images=images, test_images=images)
-        device = start(config)
-        run = build_run(config, load_data(config, device), device)
+        run = new_run(make_config(dataset="mnist", data_path=data_path, model="capnet-em",
+                                  device="cpu", set=dict(types=4), train_images=images,
+                                  test_images=images))
         for k, layer in enumerate(run.net.train().routed, 1):
             layer.register_forward_hook(
                 lambda layer, given, out, label=f"layer {k}, {name}": found.update(
                     {label: layer_statistics(layer, *given, rounds)}))
         with patch.object(encapnet, "standardise", standardise):
             run.net(normalised(first_images(run, images)[0], run.data))
-    figure, axes = canvas(1, 2, height=3.2)
-    for axis, what, of in zip(axes[0], ("effective votes", "deviation of log p"),
+    return found
+
+
+def em_errors(data_path, seeds):
+    """Of the study of routing's capnet-em, 3 iterations, in both forms -> {form: [%, ...]}"""
+    errors = {}
+    for name, standardise in FORMS.items():
+        for seed in range(seeds):
+            config = row_config(ROUTING, model_row("capnet-em", iterations=3, factored=False), dict(
+                data_path=data_path, seed=seed, device="cpu"))
+            with patch.object(encapnet, "standardise", standardise):
+                error, _ = errors_after_training(new_run(config))
+            errors.setdefault(name, []).append(error)
+            say(f"{name}, seed {seed}: test error {error:.2f} %")
+    return errors
+
+
+def em(data_path, rounds=5, images=16, seeds=3):
+    """-> figure, found: {"statistics": {layer and form: {what: [one per iteration]}},
+                         "errors": {form: [one per seed]}}
+    """
+    found = {"statistics": em_statistics(data_path, rounds, images),
+             "errors": em_errors(data_path, seeds)}
+    figure, ((*axes, last),) = canvas(1, 3, width=12, height=3.2)
+    for axis, what, of in zip(axes, ("effective votes", "deviation of log p"),
                               ("of a capsule", "over j"), strict=True):
         series = {label: dict(enumerate(zip(seen[what], strict=True), 1))
-                  for label, seen in found.items()}
+                  for label, seen in found["statistics"].items()}
         draw_series(axis, series, xlabel="iteration", xticks=range(1, rounds + 1), yscale="log",
                     ylabel=f"{what} {of} (median)")
-    axes[0, 0].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
+    for place, errors in enumerate(found["errors"].values()):
+        last.plot([place] * len(errors), errors, "o", color=COLOURS[place])
+    last.set(xlim=(-0.5, 1.5), ylim=(0, None), ylabel="test error after training (%), per seed")
+    last.set_xticks(range(len(FORMS)), list(FORMS))
+    last.grid(alpha=0.3)
     return figure, found
 
 
@@ -123,8 +163,7 @@ def burst(train_images=16000):
     found = {}
     for name, clip in (("not clipped", 0.0), ("clipped to 1", 1.0)):
         config = make_config(lam=10.0, clip=clip, train_images=train_images, device="cpu")
-        device = start(config)
-        run, seen = build_run(config, load_data(config, device), device), []
+        run, seen = new_run(config), []
         for batch in batches(run):
             seen.append(observed_step(run, *batch))
         found[name] = dict(zip(("margin loss", "lambda x divergence", "rate"),
@@ -223,14 +262,11 @@ def errors_of(network, seed, data_path):
     config = row_config(SMALL, model_row("encapnet" if k > 0 else "resnet18", feedback=0), dict(
         data_path=f"{data_path}/cifar10-jpeg", hold_out=True, augment="+", flip=True, seed=seed,
         loss="ce" if k <= len(PARTS) else "margin", device="cpu", channels_last=True))
-    device = start(config)
-    run = build_run(config, load_data(config, device), device)
+    run = new_run(config)
     if k > 0:
         use_parts(run.net, k - 1)
-        run.optimizer = make_optimizer(config, run.net.parameters(), device)
-    while run.epoch < config.epochs:
-        wrong = [train_step(run, *batch)[2] for batch in batches(run)]
-    return evaluate(run)["error"], 100 * torch.stack(wrong).mean().item()
+        run.optimizer = make_optimizer(config, run.net.parameters(), run.device)
+    return errors_after_training(run)
 
 
 def steps(data_path, seeds=3):
