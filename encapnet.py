@@ -143,7 +143,8 @@ def standardise(x):
     standardise over j, in em_routing below, both the cost and the log densities.  Each is a sum
     over the d numbers of a pose, so differences between capsules j add up until the softmax gives
     each vote to a single j.  A capsule left with one or two votes has almost no variance, which
-    makes its next log densities more extreme still: with three iterations a network hardly learns.
+    makes its next log densities more extreme still: trained so, a small network ends at 57 %
+    error on MNIST, standardised at 7 % (`python -m lab.why em`).
     """
     # layer_norm computes x / std - mean / std, which is inexact where |mean| >> std: shift first.
     x = x - x.detach().amax(-1, keepdim=True)
