@@ -794,7 +794,7 @@ def test_the_flags_of_a_run_reach_its_bench(cli, monkeypatch):
 SMALL = "--set types=4 --schedule one-cycle --lr 3e-3 --batch-size 64 --clip 1 --epochs "
 SMALL_TABLES = {"1": SMALL + "3 --dataset mnist",
                 "3": SMALL + "5 --dataset folder --data-path data/cifar10-jpeg --image-size 16 "
-                "--train-images 20000 --augment + --flip", "routing": ""}
+                "--train-images 20000 --augment + --flip", "routing": "", "augment": ""}
 CLAIMS = """\
 1 mnist (f), mnist (c)
 1 mnist (f), mnist (d)
@@ -814,6 +814,10 @@ PROSE = """\
 3 EncapNet (a), EncapNet (b)
 3 EncapNet (a), EncapNet (8)
 3 EncapNet (c), EncapNet (d3)
+augment ResNet +, ResNet no
+augment ResNet ++, ResNet no
+augment ResNet no, EncapNet no
+augment ResNet +, EncapNet +
 routing CapNet over, dynamic 3
 routing CapNet random, dynamic 3"""       # the first is seen to be better
 
