@@ -444,6 +444,7 @@ def normalise(z):
     return z / torch.where(length > 0, length, 1.0)
 
 
+@full_precision
 def cosine_cost(x, y):
     """1 - cos(x, y), in [0, 2]; a zero vector costs 1 against anything.
 

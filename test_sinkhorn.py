@@ -378,6 +378,7 @@ def test_half_inputs_are_upcast_first(cost, dtype):
     want, want_dx, _ = value_and_gradients(x.float(), y.float(), cost=cost)
     assert S.dtype == torch.float32 and torch.equal(S, want)
     assert dx.dtype == dtype and torch.equal(dx, want_dx.to(dtype))
+    assert torch.equal(COSTS[cost](x, y), COSTS[cost](x.float(), y.float()))
 
 
 @both_costs
