@@ -124,7 +124,8 @@ TABLES |= {
     "lambda": [study(
         "feedback weight of the default run",
         dict(dataset="digits", model="encapnet-small", hold_out=True), {"error": {}},
-        {f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)})],
+        {**{f"lambda {lam:g}": dict(lam=lam) for lam in (0.0, 0.1, 1.0, 10.0)},
+         "lambda 10, not clipped": dict(lam=10.0, clip=0.0)})],
     "routing": [study(
         "routing iterations", ROUTING,
         {"dynamic": model_row("capnet-dynamic"), "EM": model_row("capnet-em")},
@@ -155,7 +156,7 @@ FIGURES = {
               {"Dynamic": model_row("capnet-dynamic"), "EM": model_row("capnet-em")})],
     "4": [study("training loss without and with OT divergence, Table 3 (a) and (c)", CIFAR10,
               TABLES["3"][1].columns,
-              {"": dict(set=dict(feedback=0)), "* OT": dict(set=dict(feedback=1))})],
+              {"": dict(set=dict(feedback=0)), "with OT": dict(set=dict(feedback=1))})],
 }
 
 
