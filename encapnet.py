@@ -71,6 +71,12 @@ def check_positive(kind=int, **arguments):
                 raise ValueError(f"{name}={value!r}: must be a positive {kind.__name__}")
 
 
+def check_tuple(**arguments):
+    for name, value in arguments.items():
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"{name}={value!r}: must be a tuple")
+
+
 def check_shape(name, x, axes, **sizes):
     """x has the axes named, as in "B K", some of them of given sizes."""
     axes = axes.split()
@@ -586,6 +592,7 @@ class FeedbackUnit(nn.Module):
         check_choice(("capsule", "vanilla"), generator=generator)
         check_choice(("ot", "kl"), divergence=divergence)
         check_choice(("cosine", "l2"), cost=cost)
+        check_choice((True, False), extractor=extractor, bias_fix=bias_fix, plan_grad=plan_grad)
         self.types = types if generator == "capsule" else None
         self.divergence = divergence
         self.sinkhorn = dict(eps=eps, iterations=iterations, cost=cost, bias_fix=bias_fix,
@@ -721,6 +728,7 @@ class EncapNet(Network):
         super().__init__(num_classes, in_channels, image_size, types=types, depths=depths,
                          dims=dims, stem_stride=stem_stride)
         check_choice(("both", "I", "II", None), skip=skip)
+        check_tuple(depths=depths, dims=dims)
         if len(dims) != len(depths) + 1:
             raise ValueError(f"dims={dims!r}: must be one number more than depths={depths!r}")
         if not isinstance(coefficients, (tuple, list)):
@@ -817,6 +825,7 @@ class CNN(Network):
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *,
                  channels=(32, 64, 128, 256, 512), width=1.0):
         super().__init__(num_classes, in_channels, image_size, channels=channels)
+        check_tuple(channels=channels)
         check_positive(float, width=width)
         channels = [in_channels, *(max(1, round(width * c)) for c in channels)]
         self.stem = nn.Sequential(*map(conv_bn_relu, channels[:-1], channels[1:], (1, 1, 2, 2, 1)))
@@ -864,6 +873,7 @@ class ResNet(Network):
     def __init__(self, num_classes=10, in_channels=3, image_size=32, *, blocks=(2, 2, 2, 2),
                  width=1.0, feedback=0, generator="vanilla", **unit_options):
         super().__init__(num_classes, in_channels, image_size, blocks=blocks)
+        check_tuple(blocks=blocks)
         check_positive(float, width=width)
         channels = [max(1, round(width * 32)) * 2 ** k for k in range(len(blocks) + 1)]
         strides = (1,) + (2,) * (len(blocks) - 1)

@@ -9,7 +9,7 @@
     python train.py --table 3 --seeds 3 --recipe fast      a table of the paper, of three seeds
     python train.py --figure 4 --recipe fast               a figure: runs what its table lacks
     python train.py --bench --model capnet-em --batch-size 4
-    torchrun --nproc-per-node 8 train.py --dataset imagenet --data-path DIR
+    torchrun --nproc-per-node 8 train.py --dataset imagenet --augment ++ --data-path DIR
     python train.py --list; python train.py --help         every model, data set, table; every flag
 
 A run is a folder in runs/: log.jsonl (configuration, machine, one entry per epoch), last.pt and
@@ -97,7 +97,8 @@ def add_fields(parser):
                 flag["action"] = argparse.BooleanOptionalAction
             elif field.type in (int, float):
                 flag.setdefault("type", number(0, field.type))
-            if field.default not in ("", None, dataclasses.MISSING):
+            told = "default" in flag["help"]
+            if field.default not in ("", None, dataclasses.MISSING) and not told:
                 flag["help"] += f" (default: {field.default})"
             group.add_argument("--" + field.name.replace("_", "-"), **flag)
 
@@ -170,6 +171,9 @@ def check_commands(commands, given):
     for name in ("model", "resume", "output_dir"):
         if name in given and {"table", "figure"} & set(commands):
             raise Problem(f"--{name.replace('_', '-')}: --table and --figure choose it themselves")
+    for name in ("resume", "init", "output_dir"):
+        if name in given and "bench" in commands:
+            raise Problem(f"--{name.replace('_', '-')}: of no use with --bench")
     rows = [row[0] for part in TABLES.get(commands.get("table"), ()) for row in part.rows]
     for word in commands.get("row", ()):
         if not any(word in row for row in rows):

@@ -66,6 +66,8 @@ def read_checkpoint(path):
         Config(**state["config"])                         # train.py's, or these raise
         dict(**state["data"])
         return state
+    except FileNotFoundError as error:
+        raise Problem(f"{path}: there is no such checkpoint") from error
     except Exception as error:                            # a damaged file can raise anything
         raise Problem(f"{path} is damaged or not train.py's ({reason(error)})") from error
 
@@ -118,11 +120,13 @@ def check_same(config, data, state, folder):
 
 def load_weights(net, state, path, keep=()):
     """A checkpoint's weights into a network, but for those to keep."""
-    mine = net.state_dict()
+    mine, theirs = net.state_dict(), state["config"]
     try:
         net.load_state_dict({**state["net"], **{name: mine[name] for name in keep}})
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise Problem(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
+        words = " ".join([theirs["model"], *(f"{k}={v}" for k, v in theirs["set"].items())])
+        raise Problem(f"{path}, weights of {words}, does not fit this network: "
+                      f"{' '.join(str(error).split())[:200]}") from error
 
 
 def restore(run, state):

@@ -91,7 +91,7 @@ class Config:
     augment: str = data_option("none", choices=("none", "+", "++"), help="+: random crops, "
                                "several per test image; ++: also mirrored (not digits), colour "
                                "jitter, 1.5 times the epochs")
-    flip: bool = data_option(False, help="mirror training images (default for folder and ++, not "
+    flip: bool = data_option(False, help="mirror training images (default: for folder and ++, not "
                              "for digits)")
     class_list: str = data_option("", help="h-imagenet: a file of other classes")
     unreadable: str = data_option("stop", help="images that cannot be read; trust: do not look "

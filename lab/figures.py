@@ -77,7 +77,8 @@ def draw_run(title, chance, history, images, answers, labels, classes, path):
         axis.set_axis_off()
     for axis, image, answer, label in zip(axes, images, answers, labels, strict=False):
         wrong = answer != label
-        caption = shortened(classes[answer], 14) + f" /\n{shortened(classes[label], 14)}" * wrong
+        names = [shortened(classes[k], 14) for k in ([answer, label] if wrong else [answer])]
+        caption = (" / " if len("".join(names)) < 12 else " /\n").join(names)
         axis.set_title(caption, fontsize=8, color=COLOURS[1] if wrong else "black")
         axis.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).clamp(0, 1).numpy())
     save_figure(figure, path)

@@ -180,10 +180,13 @@ def row_config(*layers):
 def asked_parts(parts, given, only=()):
     """The blocks to run or draw, of their rows those with one of the words `only` in their name.
 
-    With --dataset, the blocks that can take it: ImageNet's keep to their own.
+    A word that is a row's whole name means that row alone.  With --dataset, the blocks that can
+    take it: ImageNet's keep to their own.
     """
-    parts = [part._replace(rows=[row for row in part.rows
-                                 if not only or any(word in row[0] for word in only)])
+    names = [row[0] for part in parts for row in part.rows]
+    wanted = {name for word in only for name in names
+              if (name == word if word in names else word in name)}
+    parts = [part._replace(rows=[row for row in part.rows if not only or row[0] in wanted])
              for part in parts]
     return [part for part in parts if part.rows and not (
         part.own_data and given.get("dataset", part.base["dataset"]) != part.base["dataset"])]

@@ -188,6 +188,8 @@ def caption(part, given, ours):
         words.append(count(first.train_images, "training image"))
     if first.hold_out:
         words.append("every tenth held out")
+    elif first.test_images:
+        words.append(count(first.test_images, "test image"))
     words += [f"{name}={value}" for name, value in common.items()]
     return f"{tested_on(first).capitalize()} error in %; {ours}{', '.join(words)}."
 

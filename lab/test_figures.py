@@ -66,7 +66,7 @@ def test_an_answer_is_the_image_what_the_network_said_and_what_it_is(drawn, tmp_
                      tmp_path / "x.png")
     cells = drawn[0].axes[2:]
     captions = [axis.get_title() for axis in cells[:3]]
-    assert captions == ["cat", "dog /\ncow", "cat /\ndog"]
+    assert captions == ["cat", "dog / cow", "cat / dog"]
     looks = [to_rgb(axis.title.get_color()) for axis in cells[:3]]
     assert looks[0] == to_rgb("black") != looks[1] == looks[2]
     for axis, image in zip(cells, images, strict=False):

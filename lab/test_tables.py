@@ -403,12 +403,12 @@ def test_every_curve_of_figure_4_is_its_own_rows_of_table_3(cli, drawn):
     with Image.open("runs/figure-4.png") as image:
         assert image.width > 500 and len(image.convert("L").getcolors()) > 10
     figure, = drawn
-    start = {"EncapNet": 1, "EncapNet * OT": 11, "ResNet": 101, "ResNet * OT": 111}
+    start = {"EncapNet": 1, "EncapNet with OT": 11, "ResNet": 101, "ResNet with OT": 111}
     looks = {}
     for axis, network in zip(figure.axes, ("EncapNet", "ResNet"), strict=True):
         legend = {text.get_text(): handle for text, handle in zip(
             axis.get_legend().get_texts(), axis.get_legend().legend_handles, strict=True)}
-        assert {line.get_label() for line in axis.lines} == {network, f"{network} * OT"}
+        assert {line.get_label() for line in axis.lines} == {network, f"{network} with OT"}
         for line in axis.lines:
             label = line.get_label()
             first = start.pop(label)
@@ -628,8 +628,9 @@ def test_a_page_shows_the_rows_that_were_run_and_of_a_table_without_any_its_comm
     assert rows == ["", "---", "EncapNet+"]
     assert one == some                                                 # with its command, too
     assert numbers(some, "EncapNet+")[:2] == ["3.13", "10.00"]
-    both = cli("--table 4 --row EncapNet+ --dataset cifar10 --epochs 3").out
+    both = cli("--table 4 --row Net+ --dataset cifar10 --epochs 3").out
     assert numbers(both, "EncapNet++")[:2] == ["3.10", "–"]
+    assert "EncapNet++" not in cli("--table 4 --row EncapNet+ --dataset cifar10 --epochs 3").out
 
 
 def test_every_column_tells_its_own_seeds_and_devices(cli):
@@ -645,8 +646,9 @@ def test_every_column_tells_its_own_seeds_and_devices(cli):
 @pytest.mark.parametrize("words, setting", [
     ("lambda", "Held-out error in %; digits at 32x32, 16,000 training images, every tenth held "
      "out."),
-    ("routing", "Test error in %; mnist at 16x16, 6,000 training images, types=4."),
-    ("routing --train-images 1 --set types=8 --image-size 20",
+    ("routing", "Test error in %; mnist at 16x16, 6,000 training images, 2,000 test "
+     "images, types=4."),
+    ("routing --train-images 1 --test-images 0 --set types=8 --image-size 20",
      "Test error in %; mnist at 20x20, 1 training image, types=8."),
     ("5", "Test error in %; cifar10 at 32x32."),
     ("5 --hold-out", "Held-out error in %; ours: cifar10 at 32x32, every tenth held out."),
@@ -922,9 +924,11 @@ def test_imagenets_blocks_of_table_4_keep_to_their_own_data(words, blocks):
 
 
 def test_the_study_of_lambda_sees_no_test_image():
-    rows = [(row, config.lam, config.hold_out, config.model)
+    rows = [(row, config.lam, config.clip, config.hold_out, config.model)
             for row, _, config in cells_of(TABLES["lambda"][0])]
-    assert rows == [(f"lambda {lam:g}", lam, True, "encapnet-small") for lam in (0, .1, 1, 10)]
+    assert rows == [*((f"lambda {lam:g}", lam, 1, True, "encapnet-small")
+                      for lam in (0, .1, 1, 10)),
+                    ("lambda 10, not clipped", 10, 0, True, "encapnet-small")]
 
 
 def test_no_two_series_of_a_plot_look_alike():

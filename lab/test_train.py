@@ -84,6 +84,9 @@ def test_numbers_of_things(n, noun, text):
     ("--resume nowhere", "nowhere"), ("--resume", "runs"),
     ("--test-only", "runs"), ("--predict x.png --resume nowhere", "nowhere"),
     ("--table 3 --row nothing", "nothing"), ("--table 3 --model encapnet", "--model"),
+    ("--bench --resume runs/x", "--resume"), ("--bench --init runs/x", "--init"),
+    ("--resume . --test-only", "no such checkpoint"),
+    ("--bench --output-dir x", "--output-dir"),
     ("--report", "README.md"), ("extra", "extra"), ("--milestones 0", "--milestones"),
 ])
 def test_a_mistake_is_one_line(words, wanted, cli):
@@ -505,7 +508,8 @@ def test_init_leaves_the_class_layer_alone_where_classes_are_others(classes, tra
 
 
 @pytest.mark.parametrize("words, culprit", [
-    (f"{FOLDER} --set types=3", "size mismatch for"), ("--init nowhere", "nowhere"),
+    (f"{FOLDER} --set types=3", "size mismatch for"),
+    (f"{FOLDER} --set types=3", "weights of encapnet-small types=2"), ("--init nowhere", "nowhere"),
     ("--dataset folder --model cnn-same --set width=0.1", "Missing key"),
     ("--dataset folder --model encapnet-small", "size mismatch for")])
 def test_init_from_what_does_not_fit_is_one_line(words, culprit, trained, cli):

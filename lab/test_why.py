@@ -64,9 +64,9 @@ def test_em_is_measured_in_both_forms(mnist):
     """The first iteration is alike; left as they are, log densities leave fewer votes after it."""
     found = why.em_statistics(mnist, rounds=2, images=2)
     layers = {(layer, form): found[f"layer {layer}, {form}"]
-              for layer in (1, 2) for form in ("standardised", "as it is")}
+              for layer in (1, 2) for form in ("standardised", "not standardised")}
     assert len(found) == 4
-    first, other = (layers[1, form]["effective votes"] for form in ("standardised", "as it is"))
+    first, other = (layers[1, form]["effective votes"] for form in why.FORMS)
     assert first[0] == other[0] and first[1] > other[1]
     assert all(len(values) == 2 for seen in found.values() for values in seen.values())
 
@@ -80,7 +80,7 @@ def test_em_is_trained_in_both_forms(monkeypatch):
         return 10.0 * len(trained), 99.0
     monkeypatch.setattr(why, "new_run", lambda config: config)
     monkeypatch.setattr(why, "errors_after_training", errors_after_training)
-    assert why.em_errors("there", 2) == {"standardised": [10, 20], "as it is": [30, 40]}
+    assert why.em_errors("there", 2) == {"standardised": [10, 20], "not standardised": [30, 40]}
     assert [form(torch.tensor([3.0, 5.0])).tolist() for form, _ in trained] == [
         *2 * [[-1, 1]], *2 * [[3, 5]]]
     study = config_key(part_cells(TABLES["routing"][0], {})["3", "EM"])
@@ -102,18 +102,19 @@ def test_em_is_drawn_iteration_by_iteration(mnist, monkeypatch):
                 "deviation of log p": [3 + both, 1 / n_out]}
     monkeypatch.setattr(why, "layer_statistics", statistics)
     monkeypatch.setattr(why, "em_errors", lambda data_path, seeds: {
-        "standardised": [5.0, 6.0], "as it is": [50.0, 80.0]})
+        "standardised": [5.0, 6.0], "not standardised": [50.0, 80.0]})
     figure, found = why.em(mnist, rounds=2, images=2)
     expected = {f"layer {layer}, {form}": {
         "effective votes": [n_out, n_out + 1 + both], "deviation of log p": [3 + both, 1 / n_out]}
         for layer, n_out in ((1, 256), (2, 10))
-        for form, both in (("standardised", True), ("as it is", False))}
+        for form, both in (("standardised", True), ("not standardised", False))}
     assert found == {"statistics": expected, "errors": {"standardised": [5, 6],
-                                                        "as it is": [50, 80]}}
+                                                        "not standardised": [50, 80]}}
     *axes, last = figure.axes
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in last.lines] == [
         ([0, 0], [5, 6]), ([1, 1], [50, 80])]
-    assert [text.get_text() for text in last.get_xticklabels()] == ["standardised", "as it is"]
+    assert [text.get_text() for text in last.get_xticklabels()] == ["standardised",
+                                                                    "not standardised"]
     for axis, what in zip(axes, ("effective votes", "deviation of log p"), strict=True):
         assert axis.get_ylabel().startswith(what) and axis.get_yscale() == "log"
         drawn = {line.get_label(): line[0] for line in axis.containers}

@@ -43,11 +43,13 @@ def load_run(path, **given):
 def test_only(given):
     """Test error of a trained network, on its own data or, with --data-path, on other like it."""
     run = load_run(given.pop("resume"), **given)
-    config, test = run.config, evaluate(run, run.config.augment != "none")
+    config, several = run.config, run.config.augment != "none"
+    test, crops = evaluate(run, several), "mean over several crops, " * several
     top5 = f"top-5 error {test['top5_error']:.2f} %, " * (len(run.data.classes) > 5)
     steps = f", {count(run.step, 'step')} of the next" if run.step else ""
     say(f"{run.data.name}, {config.model} after {count(run.epoch, 'epoch')}{steps}: "
-        f"{tested_on(config)} error {test['error']:.2f} %, {top5}{count(test['images'], 'image')}")
+        f"{tested_on(config)} error {test['error']:.2f} %, {crops}{top5}"
+        f"{count(test['images'], 'image')}")
 
 
 def load(run, **given):

@@ -1,6 +1,6 @@
 """Three questions and their measurements: the figures behind the essays of results/README.md.
 
-    python -m lab.why em       routing by EM, what competes over j standardised or left as it is
+    python -m lab.why em       routing by EM, what competes over j standardised or not
     python -m lab.why burst    the first epoch with the feedback unit at the paper's weight, 10
     python -m lab.why steps    from a ResNet to EncapNet, one change at a time; lengths at the start
 
@@ -80,7 +80,7 @@ def layer_statistics(layer, u, activation, rounds):
     return {"effective votes": effective, "deviation of log p": deviation}
 
 
-FORMS = {"standardised": encapnet.standardise, "as it is": lambda x: x}
+FORMS = {"standardised": encapnet.standardise, "not standardised": lambda x: x}
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def em(data_path, rounds=5, images=16, seeds=3):
                     ylabel=f"{what} {of} (median)")
     axes[0].legend(fontsize=8)
     for place, errors in enumerate(found["errors"].values()):
-        last.plot([place] * len(errors), errors, "o", color=COLOURS[place])
+        last.plot([place] * len(errors), errors, "o", color="black")
     last.set(xlim=(-0.5, 1.5), ylim=(0, None), ylabel="test error after training (%), per seed")
     last.set_xticks(range(len(FORMS)), list(FORMS))
     last.grid(alpha=0.3)
