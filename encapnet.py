@@ -1059,9 +1059,11 @@ def em_moments(monomials, log_a, centre, weight, mean=None, var=None, log_aj=Non
     return mass[..., 0].log() + top[:, 0, 0], mean, var
 
 
-def em_merge(parts):
-    """Moments over all types from those over some: log mass (B, j), mean and var (B, j, d)."""
-    log_mass, means, var = map(torch.stack, zip(*parts, strict=True))
+def em_merge(log_mass, means, var):
+    """Moments over all types from those over some, stacked: (parts, B, j), (parts, B, j, d) twice.
+
+    -> log mass (B, j), mean and var (B, j, d)
+    """
     share = log_mass.softmax(0)[..., None]                               # (parts, B, j, 1)
     mean = (share * means).sum(0)
     var = (share * (var + (means - mean).square())).sum(0)               # law of total variance
@@ -1094,7 +1096,8 @@ def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3):
     last_m_step = ()                                         # before the first R is uniform
     for t in range(iterations):
         parts = [checkpoint(em_moments, *block, *last_m_step) for block in blocks]
-        log_mass, mean, var = checkpoint(em_merge, parts)
+        stacked = map(torch.stack, zip(*parts, strict=True))     # a list would outlive the block
+        log_mass, mean, var = checkpoint(em_merge, *stacked)
         log_aj = em_activation(log_mass, var, beta_v, beta_a, t)
         last_m_step = mean, var, log_aj
     return mean, log_aj.exp()

@@ -566,7 +566,8 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind, n_out, samples, blocks", [
-    ("in", 256, 2, 4), ("out", 256, 2, 3.5), ("em", 256, 2, 12), ("em", 10, 128, 12)])
+    ("in", 256, 2, 4), ("out", 256, 2, 3.5), ("em", 256, 2, 13), ("em", 256, 32, 25),
+    ("em", 10, 128, 12)])
 def test_routing_without_votes_frees_each_block_s_arrays(kind, n_out, samples, blocks, monkeypatch):
     """Few arrays of a block's size at once; the votes are 14 of these blocks, or 35."""
     monkeypatch.setattr(encapnet, "BLOCK", 150_000)
