@@ -251,7 +251,7 @@ def test_speed_of_routing_without_votes(routing, batch, faster, leaner):
 
 
 @pytest.mark.speed
-@pytest.mark.parametrize("routing, limit", [("dynamic", 500), ("em", 1500)])
+@pytest.mark.parametrize("routing, limit", [("dynamic", 500), ("em", 500)])
 def test_memory_at_batch_128(routing, limit):
     assert routing_costs(routing, ["factored"], 128, bench.TABLE_1)[0][1] < limit
 
