@@ -813,6 +813,7 @@ PROSE = """\
 3 EncapNet (2), EncapNet (1)
 3 EncapNet (3), EncapNet (1)
 3 EncapNet (4), EncapNet (1)
+3 EncapNet 7, EncapNet (7)
 3 EncapNet (a), EncapNet (b)
 3 EncapNet (a), EncapNet (8)
 3 EncapNet (c), EncapNet (d3)
@@ -830,7 +831,8 @@ def compared(claims):
     for table, words in SMALL_TABLES.items():
         for part in TABLES[table]:
             for (row, column), config in part_cells(part, train.parse(words.split())[1]).items():
-                errors[f"{table} {column} {row.split()[0]}"] = [
+                word = row.removeprefix("aide kernel ").split()[0]
+                errors[f"{table} {column} {word}"] = [
                     line["error"] for (key, _), line in runs.items() if key == config_key(config)]
     for claim in claims.splitlines():
         one, other = claim.split(", ")
