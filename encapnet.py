@@ -37,7 +37,7 @@ Where each equation lives
 Where the paper is ambiguous, or we differ from it or from the authors' released code, the code says
 "Deviation" with the number in this list
     1  order of Sinkhorn's updates .. sinkhorn_plan     7  softmax before KL ..... kl_divergence
-    2  kernels, skip ................ CapConv          8  scales . RoutedCapsules, CapConv, CapNet
+    2  kernels, skip ................ CapConv           8  scales . RoutedCapsules, CapConv, CapNet
     3  generator, extractor ......... FeedbackUnit      9  stem, vanilla generator ....... EncapNet
     4  softmax over i ............... dynamic_routing  10  EM's activations and scores ..... CapNet
     5  EM is standardised over j .... standardise      11  Table 1 by logs . CNN, CapNet, EncapNet6
@@ -291,8 +291,8 @@ class RoutedCapsules(nn.Module):
         return F.pad(u, (0, 1), value=1), torch.cat([self.weight, self.bias[:, None]], 1)
 
     def forward(self, u, activation=None):
-        check_shape("u", u, "B types P in_dim", types=self.types, in_dim=self.in_dim,
-                    **({} if self.b is None else {"P": len(self.b) // self.types}))
+        positions = {} if self.b is None else {"P": len(self.b) // self.types}
+        check_shape("u", u, "B types P in_dim", types=self.types, in_dim=self.in_dim, **positions)
         if (activation is None) == (self.routing == "em"):
             raise ValueError("activation: needed with routing='em', and with it alone")
         # With fewer positions than min_positions explicit votes are faster (measured on a CPU).
@@ -357,11 +357,11 @@ class CapConv(nn.Module):
         (EncapModule uses skip in the paper's "Type I" layers, residual in the last of "Type II")
     Deviation 2: the paper does not give k2; k1 + 2 matches its seconds per batch for (e) and (f) of
     Table 1.  The released code uses k1 + 4, lets the aide see its own type, squashes the branches.
-    C, D and the skip, of which the paper gives no sizes either, are those of the authors' logs.
+    The paper gives neither size nor place of C, D and the skips; they are as logged and released.
     Deviation 6: beta is initialised to 1, so that a fresh layer adds its branches.
     Deviation 8: BatchNorm's weight is initialised to 1 / sqrt(out_dim).  With torch's default of 1,
     |s|^2 would be d / 2 after ReLU, and lengths would start at 0.30 for d = 2 but at 0.86 for d =
-    16, where squash is nearly flat; now they start between 0.21 and 0.31.
+    16, where squash is nearly flat; now they start between 0.2 and 0.3.
     u: (B, types*in_dim, H, W) -> (B, types*out_dim, ceil(H/stride), ceil(W/stride))
     """
 
@@ -1095,9 +1095,9 @@ def em_without_votes(u, weight, activation, beta_v, beta_a, iterations=3):
     blocks = list(zip(*inputs, weights, strict=True))
     last_m_step = ()                                         # before the first R is uniform
     for t in range(iterations):
-        parts = [checkpoint(em_moments, *block, *last_m_step) for block in blocks]
-        stacked = map(torch.stack, zip(*parts, strict=True))     # a list would outlive the block
-        log_mass, mean, var = checkpoint(em_merge, *stacked)
+        # stacked, not a list: an outer checkpoint drops an inner one's tensors, nothing else
+        log_mass, mean, var = checkpoint(em_merge, *map(torch.stack, zip(
+            *(checkpoint(em_moments, *block, *last_m_step) for block in blocks), strict=True)))
         log_aj = em_activation(log_mass, var, beta_v, beta_a, t)
         last_m_step = mean, var, log_aj
     return mean, log_aj.exp()

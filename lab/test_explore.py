@@ -105,8 +105,12 @@ def test_coefficients_are_m1_of_the_master_and_m2_of_the_aide(runs):
         assert tuple(found.values()) == pytest.approx(expected, rel=1e-3), label
 
 
-def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated_one(runs):
+def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated_one(
+        runs, monkeypatch):
     """Two units a module: from its output to its input, and to what its type II layers take."""
+    maps = {}
+    monkeypatch.setattr(explore, "draw_maps", lambda axis, images, title, columns: maps.update(
+        {title: images.double().numpy()}))
     run = load_run(runs["encapnet"])
     for module in run.net.modules():                                   # no image is constant
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -135,6 +139,10 @@ def test_the_feedback_panel_correlates_each_units_lower_image_with_the_generated
         z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
         alive = np.square(z).sum(1).mean()
         expected["variance between images"] = 1 - np.square(z.mean(0)).sum() / alive if alive else 0
+        if k == 0:                                        # drawn: the lower layer, the generated
+            shown = [explore.some(lengths(z), 4) for z in (real, made)]
+            np.testing.assert_allclose(list(maps.values()), shown, atol=1e-5)
+            assert [title.split()[0] for title in maps] == ["lower", "the"]
         found = {name: values[f"unit {k + 1}"] for name, values in numbers.items()}
         assert found == pytest.approx(expected, abs=2e-3)
 

@@ -31,6 +31,7 @@ from lab.runtime import RUNS, guarded, say, write_file
 
 
 def new_run(config):
+    """A Run of its own device, data and network, not yet begun; in no folder."""
     device = start(config)
     return build_run(config, load_data(config, device), device)
 
